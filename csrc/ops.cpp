@@ -1,0 +1,80 @@
+// Registers the compiled kernels for the `mem1::` schemas that mem1_kernels/ops/_library.py declares,
+// and binds, in module _C, what is no tensor op: what this build holds.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpu/simd.h"
+#include "mem1_build_config.h"
+#include "ops.h"
+
+namespace {
+
+using OpNames = std::map<std::string, std::vector<std::string>>;
+
+OpNames& compiled_ops() {
+  static OpNames names{{"CPU", {}}, {"CUDA", {}}};
+  return names;
+}
+
+template <typename Function>
+void add(torch::Library& library, const char* backend, const char* name, Function* function) {
+  library.impl(name, function);
+  compiled_ops()[backend].emplace_back(name);
+}
+
+std::vector<std::string> words(const char* text) {
+  std::istringstream stream(text);
+  std::vector<std::string> result;
+  for (std::string word; stream >> word;) result.push_back(word);
+  return result;
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "Clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "GCC " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+pybind11::dict build_info() {
+  std::vector<std::string> levels;
+  for (auto level : mem1::cpu::compiled_simd_levels()) levels.push_back(mem1::cpu::simd_name(level));
+#ifdef _OPENMP
+  const bool openmp = true;
+#else
+  const bool openmp = false;
+#endif
+  pybind11::dict info;
+  info["sources"] = words(MEM1_SOURCES);
+  info["ops"] = compiled_ops();
+  info["cuda_archs"] = words(MEM1_CUDA_ARCHS);
+  info["compiler"] = compiler();
+  info["torch"] = TORCH_VERSION;
+  info["simd_compiled"] = levels;
+  info["simd"] = mem1::cpu::simd_name(mem1::cpu::simd_level());
+  info["openmp"] = openmp;
+  return info;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mem1, CPU, library) {
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled kernels of mem1_kernels; its tensor ops are under torch.ops.mem1.";
+  m.def("build_info", &build_info,
+        "What this module was built from and what it uses on this CPU: a dict with sources, ops "
+        "(names by backend), cuda_archs, compiler, torch (version built against), simd_compiled, "
+        "simd (the level in use) and openmp.");
+}

@@ -1,0 +1,23 @@
+// The kernels that ops.cpp registers; each is defined in the file named above its declaration.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace mem1 {
+
+// cpu/attention.cpp
+std::tuple<at::Tensor, at::Tensor> trajectory_attention_fwd_cpu(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& expiry, const std::optional<at::Tensor>& floor, at::TensorList rows,
+    double scale, double softcap);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_bwd_cpu(
+    const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& query,
+    const at::Tensor& key, const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
+    const at::Tensor& expiry, const std::optional<at::Tensor>& floor, at::TensorList rows,
+    at::TensorList columns, double scale, double softcap);
+
+}  // namespace mem1

@@ -1,0 +1,195 @@
+"""Builds ``mem1_kernels._C`` with ninja, against the torch that is installed.
+
+``MEM1_BUILD_CUDA`` decides on CUDA: ``auto`` (default) looks for nvcc and a CUDA torch and prints what
+it decided, ``0`` never, ``1`` fails if it cannot. ``TORCH_CUDA_ARCH_LIST`` overrides the architectures.
+Run it as ``pip install --no-build-isolation .``, or ``python setup.py build_ext --inplace`` to rebuild.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+try:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        f"mem1_kernels builds against the torch you have, and {error.name} cannot be imported here.\n"
+        "Install torch, pybind11 and ninja, then run: pip install --no-build-isolation ."
+    ) from error
+
+ROOT = Path(__file__).resolve().parent
+SOURCE_LIST = ROOT / "csrc" / "sources.txt"
+DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+SIMD_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512_FLAGS,
+    "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+}
+CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+# at::parallel_for is a header template: without this flag it runs on one thread.
+OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
+
+
+def read_sources() -> list[str]:
+    """The files named in csrc/sources.txt, in order."""
+    lines = (line.strip() for line in SOURCE_LIST.read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def simd_level(source: str) -> str | None:
+    """The SIMD level that a file name's suffix asks for, or None."""
+    suffix = Path(source).stem.rpartition("_")[2]
+    return suffix if suffix in SIMD_FLAGS else None
+
+
+def compiler_accepts(flags: list[str]) -> bool:
+    compiler = os.environ.get("CXX", "c++").split()
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.cpp")
+        probe.write_text("int main() { return 0; }\n")
+        command = [*compiler, *flags, "-c", str(probe), "-o", str(Path(folder, "probe.o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def buildable_simd_levels(sources: list[str]) -> list[str]:
+    """Levels that the list asks for and that this machine's compiler can build."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    wanted = {simd_level(source) for source in sources}
+    return [
+        name for name, flags in SIMD_FLAGS.items() if name in wanted and compiler_accepts(flags)
+    ]
+
+
+def nvcc_version() -> str | None:
+    """nvcc's release, such as "13.0", or None where there is no nvcc."""
+    home = cpp_extension.CUDA_HOME
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    if nvcc is None:
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+\.\d+)", text)
+    return match.group(1) if match else None
+
+
+def decide_cuda(
+    choice: str, torch_cuda: str | None, nvcc: str | None, cuda_sources: list[str]
+) -> tuple[bool, str]:
+    """Whether to build the CUDA sources, and why.
+
+    Raises SystemExit for a choice other than auto, 0 and 1, and where 1 cannot be met.
+    """
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"MEM1_BUILD_CUDA: expected auto, 0 or 1, got {choice!r}")
+    if choice == "0":
+        return False, "MEM1_BUILD_CUDA=0"
+    if not cuda_sources:
+        obstacle = "csrc/sources.txt lists no .cu file"
+    elif torch_cuda is None:
+        obstacle = f"torch {torch.__version__} has no CUDA"
+    elif nvcc is None:
+        obstacle = "nvcc was not found (neither CUDA_HOME nor PATH leads to it)"
+    elif nvcc.split(".")[0] != torch_cuda.split(".")[0]:
+        obstacle = f"nvcc is {nvcc} but torch was built with CUDA {torch_cuda}"
+    else:
+        return True, f"nvcc {nvcc}, torch with CUDA {torch_cuda}"
+    if choice == "1":
+        raise SystemExit(f"MEM1_BUILD_CUDA=1 cannot be met: {obstacle}")
+    return False, obstacle
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def build_config(sources: list[str], simd_levels: list[str], cuda_archs: str) -> str:
+    """The text of mem1_build_config.h, which CMakeLists.txt writes alike."""
+    lines = ["#pragma once", ""]
+    lines += [f"#define MEM1_SIMD_{level.upper()} 1" for level in simd_levels]
+    lines += [f'#define MEM1_SOURCES "{" ".join(sources)}"']
+    lines += [f'#define MEM1_CUDA_ARCHS "{cuda_archs.replace(";", " ")}"']
+    return "\n".join(lines) + "\n"
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's ninja build, plus the flags of each file's SIMD level."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # pip builds an editable install in a fresh folder each time; a fixed one rebuilds only what changed
+        self.build_temp = str(ROOT / "build" / f"setup-{sys.implementation.cache_tag}")
+
+    def build_extension(self, ext: Extension) -> None:
+        for level, flags in SIMD_FLAGS.items():
+            sources = [source for source in ext.sources if simd_level(source) == level]
+            if not sources:
+                continue
+            arguments = {**ext.extra_compile_args}
+            arguments["cxx"] = [*arguments["cxx"], *flags]
+            ext.extra_objects += self.compiler.compile(
+                sources,
+                output_dir=os.path.join(self.build_temp, level),
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                debug=self.debug,
+                extra_postargs=arguments,
+                depends=ext.depends,
+            )
+        ext.sources = [source for source in ext.sources if simd_level(source) is None]
+        super().build_extension(ext)
+
+
+def extension() -> Extension:
+    listed = read_sources()
+    with_cuda, reason = decide_cuda(
+        os.environ.get("MEM1_BUILD_CUDA", "auto"),
+        torch.version.cuda,
+        nvcc_version(),
+        [source for source in listed if source.endswith(".cu")],
+    )
+    archs = ""
+    if with_cuda:
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+    levels = buildable_simd_levels(listed)
+    sources = [
+        source
+        for source in listed
+        if simd_level(source) in (None, *levels) and (with_cuda or not source.endswith(".cu"))
+    ]
+    cuda_words = f"CUDA on for {archs}" if with_cuda else "CUDA off"
+    print(f"mem1_kernels: {cuda_words}: {reason}; SIMD levels: {', '.join(['default', *levels])}")
+
+    generated = ROOT / "build" / f"setup-{sys.implementation.cache_tag}" / "generated"
+    write_if_changed(generated / "mem1_build_config.h", build_config(sources, levels, archs))
+    make_extension = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    return make_extension(
+        "mem1_kernels._C",
+        sources,
+        # pybind11's own headers come before torch's copy: _C passes plain values only, so it need not
+        # match torch's pybind11, and the package knows newer Pythons than an older torch's copy does.
+        include_dirs=[str(ROOT / "csrc"), str(generated), pybind11.get_include()],
+        define_macros=[("MEM1_WITH_CUDA", "1")] if with_cuda else [],
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, *OPENMP_FLAGS],
+            "nvcc": ["-O3", "-lineinfo"],
+        },
+        extra_link_args=OPENMP_FLAGS,
+    )
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
