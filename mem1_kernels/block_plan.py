@@ -1,0 +1,218 @@
+"""Which tiles of the mask are empty, full or partial: made once, used by every layer and pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mem1_kernels.trajectory import check_expiry
+
+BLOCK = 128
+"""Tokens on each side of a plan's tile. Kernels may cut a tile into smaller ones."""
+
+MIN_CHUNK = 8
+"""The fewest tiles that are worth a work item of their own in the backward."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Lists, for each query tile, the key tiles it meets, and the transpose for the backward.
+
+    A tile is *full* when each of its pairs is visible (kernels do no mask work there), *empty*
+    (in no list) when none is, else *partial*. Make one with `from_expiry` and pass it to
+    `trajectory_attention` in every layer and step of that layout.
+
+    All fields are int32 on the device of `expiry`; P is 1 (one layout for the whole batch) or the
+    batch size, n = ceil(tokens / 128):
+
+        expiry          [P, tokens]
+        floor           [P, tokens] or None
+        row_order       [P, n]          query tiles, most work first
+        row_offsets     [P, n + 1]      where each query tile's list starts in row_tiles
+        row_partial     [P, n]          its partial tiles come first; how many they are
+        row_tiles       [P, n(n+1)/2]   key tiles; unused entries behind the last list are 0
+        col_order, col_offsets, col_partial, col_tiles      the transpose
+        item_column, item_begin, item_end, item_slot  [P, 2n]   pieces of columns for dK and dV,
+                        heaviest first: `col_tiles[begin:end]` of a column (-1: unused item), and
+                        the workspace slot of its partial sum (-1: it is the whole column)
+        col_first_slot, col_slots  [P, n]   a split column's first slot (-1) and its count (0)
+
+    A column is split when its list is longer than max(8, twice the mean), so that a prompt that
+    every later token sees does not become one program that outlasts all others.
+
+    Memory: 4 n(n+1) + O(n) bytes a layout for the lists, whatever the layout: 4.2 MB at 128K
+    tokens, 0.27 MB at 32K.
+    """
+
+    expiry: Tensor
+    floor: Tensor | None
+    row_order: Tensor
+    row_offsets: Tensor
+    row_partial: Tensor
+    row_tiles: Tensor
+    col_order: Tensor
+    col_offsets: Tensor
+    col_partial: Tensor
+    col_tiles: Tensor
+    item_column: Tensor
+    item_begin: Tensor
+    item_end: Tensor
+    item_slot: Tensor
+    col_first_slot: Tensor
+    col_slots: Tensor
+
+    @staticmethod
+    def from_expiry(expiry: Tensor, floor: Tensor | None = None) -> BlockPlan:
+        """Plans a layout, on the device of `expiry`, without a host sync.
+
+        Args:
+            expiry: int32 or int64 `[tokens]`, or `[batch, tokens]` for rows of different layouts.
+            floor: the same shape, or None.
+
+        Raises:
+            TypeError, ValueError: another dtype, rank or shape; no tokens.
+
+        >>> plan = BlockPlan.from_expiry(torch.full((300,), 300))
+        >>> plan.row_offsets.tolist(), plan.row_partial.tolist()
+        ([[0, 1, 3, 6]], [[1, 1, 3]])
+        """
+        check_expiry(expiry, floor)
+        if expiry.shape[-1] == 0:
+            raise ValueError("expiry: expected at least one token, got none")
+        expiry = torch.atleast_2d(expiry).to(torch.int32).contiguous()
+        if floor is not None:
+            floor = torch.atleast_2d(floor).to(torch.int32).contiguous()
+        return BlockPlan(expiry, floor, *torch.ops.mem1.block_plan(expiry, floor))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a batch row."""
+        return self.expiry.shape[1]
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """What the forward reads: row_order, row_offsets, row_partial, row_tiles."""
+        return [self.row_order, self.row_offsets, self.row_partial, self.row_tiles]
+
+    @property
+    def columns(self) -> list[Tensor]:
+        """What dK and dV read: the lists by key tile, the work items and the split columns."""
+        return [
+            self.col_order,
+            self.col_offsets,
+            self.col_partial,
+            self.col_tiles,
+            self.item_column,
+            self.item_begin,
+            self.item_end,
+            self.item_slot,
+            self.col_first_slot,
+            self.col_slots,
+        ]
+
+    def to(self, device: torch.device | str) -> BlockPlan:
+        """This plan on another device."""
+        return BlockPlan(
+            **{
+                name: None if value is None else value.to(device, non_blocking=True)
+                for name, value in vars(self).items()
+            }
+        )
+
+
+def build_lists(expiry: Tensor, floor: Tensor | None) -> list[Tensor]:
+    """`mem1::block_plan` in plain torch: the rows and columns of a BlockPlan, in field order.
+
+    Works on `[P, n, n]` tile pairs, never on token pairs; no value is read on the host.
+    """
+    full, any_visible = _classify(expiry, floor)
+    rows = _lists(full, any_visible)
+    columns = _lists(full.mT, any_visible.mT)
+    return [*rows, *columns, *_work_items(*columns)]
+
+
+def _classify(expiry: Tensor, floor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """bool `[P, query tiles, key tiles]` each: every pair visible; perhaps some pair visible."""
+    layouts, tokens = expiry.shape
+    n = -(-tokens // BLOCK)
+    token = torch.arange(n * BLOCK, dtype=torch.int32, device=expiry.device)
+
+    def tiled(values: Tensor, tail: int) -> Tensor:
+        padded = torch.nn.functional.pad(values, (0, n * BLOCK - tokens), value=tail)
+        return padded.view(layouts, n, BLOCK)
+
+    ends = tiled(expiry, 0)
+    alive = ends > token.view(n, BLOCK)
+    last_end = torch.where(alive, ends, 0).amax(2)[:, None, :]
+    first_end = ends.amin(2)[:, None, :]
+    tile = torch.arange(n, dtype=torch.int32, device=expiry.device)
+    query, key = tile[:, None], tile[None, :]
+    any_visible = (key <= query) & (last_end > query * BLOCK)
+    whole = (query + 1) * BLOCK <= tokens
+    full = (key < query) & (first_end >= (query + 1) * BLOCK) & whole
+    if floor is not None:
+        lowest = tiled(floor, tokens).amin(2)[:, :, None]
+        highest = tiled(floor, 0).amax(2)[:, :, None]
+        any_visible = any_visible & (lowest < (key + 1) * BLOCK)
+        full = full & (highest <= key * BLOCK)
+    return full, any_visible
+
+
+def _lists(full: Tensor, any_visible: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(order, offsets, partial, tiles) of the lists along the last axis."""
+    layouts, n, _ = full.shape
+    partial = any_visible & ~full
+    partial_count, full_count = partial.sum(2), full.sum(2)
+    counts = partial_count + full_count
+    offsets = torch.nn.functional.pad(counts.cumsum(1), (1, 0))
+    rank = torch.where(
+        partial, partial.cumsum(2) - 1, partial_count[:, :, None] + full.cumsum(2) - 1
+    )
+    # Entries of no list go to one spare place behind the buffer, which is cut off.
+    capacity = n * (n + 1) // 2
+    place = torch.where(any_visible, offsets[:, :-1, None] + rank, capacity).reshape(layouts, n * n)
+    tile = torch.arange(n, dtype=torch.int32, device=full.device).expand(layouts, n, n)
+    tiles = torch.zeros(layouts, capacity + 1, dtype=torch.int32, device=full.device)
+    tiles.scatter_(1, place, tile.reshape(layouts, n * n))
+    # A partial tile costs about a third more than a full one.
+    order = (4 * partial_count + 3 * full_count).argsort(dim=1, descending=True, stable=True)
+    return order.int(), offsets.int(), partial_count.int(), tiles[:, :capacity].contiguous()
+
+
+def _work_items(
+    order: Tensor, offsets: Tensor, partial: Tensor, tiles: Tensor
+) -> tuple[Tensor, ...]:
+    """(item_column, item_begin, item_end, item_slot, col_first_slot, col_slots)."""
+    layouts, n = order.shape
+    lengths = offsets.diff(dim=1)
+    # Twice the mean length bounds the chunks of split columns by n, and all items by 2n.
+    chunk = ((2 * offsets[:, -1:] + n - 1) // n).clamp(min=MIN_CHUNK)
+    chunks = torch.where(lengths > chunk, (lengths + chunk - 1) // chunk, 1)
+    slots = torch.where(chunks > 1, chunks, 0)
+    first_slot = torch.where(chunks > 1, slots.cumsum(1) - slots, -1)
+
+    item = torch.arange(2 * n, device=order.device).expand(layouts, 2 * n).contiguous()
+    ends = chunks.cumsum(1)
+    column = torch.searchsorted(ends, item, right=True)
+    used = column < n
+    column = column.clamp(max=n - 1)
+    part = item - (ends - chunks).gather(1, column)
+    step = (lengths + chunks - 1) // chunks
+    start, stop = offsets[:, :-1].gather(1, column), offsets[:, 1:].gather(1, column)
+    begin = start + part * step.gather(1, column)
+    end = torch.minimum(begin + step.gather(1, column), stop)
+    begin = torch.minimum(begin, end)
+    slot = torch.where(slots.gather(1, column) > 0, first_slot.gather(1, column) + part, -1)
+
+    work = torch.where(used, end - begin, -1)
+    heavy_first = work.argsort(dim=1, descending=True, stable=True)
+    fields = (
+        torch.where(used, column, -1),
+        torch.where(used, begin, 0),
+        torch.where(used, end, 0),
+        torch.where(used, slot, -1),
+    )
+    sorted_fields = (values.gather(1, heavy_first).int() for values in fields)
+    return *sorted_fields, first_slot.int(), slots.int()

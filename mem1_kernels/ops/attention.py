@@ -1,0 +1,191 @@
+"""trajectory_attention: exact attention under an expiry mask, differentiable, on CPU and GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mem1_kernels.block_plan import BlockPlan
+from mem1_kernels.ops import _library  # noqa: F401  registers the operators
+from mem1_kernels.trajectory import check_expiry
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _TrajectoryAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        expiry: Tensor,
+        floor: Tensor | None,
+        scale: float,
+        softcap: float,
+        rows: list[Tensor],
+        columns: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.mem1.trajectory_attention_fwd(
+            query, key, value, expiry, floor, rows, scale, softcap
+        )
+        ctx.save_for_backward(query, key, value, out, lse, expiry, floor, *rows, *columns)
+        ctx.scale, ctx.softcap, ctx.num_rows = scale, softcap, len(rows)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None):  # type: ignore[override]
+        query, key, value, out, lse, expiry, floor, *lists = ctx.saved_tensors
+        if grad_out is None:
+            if grad_lse is None:
+                return (None,) * 9
+            grad_out = torch.zeros_like(out)
+        gradients = torch.ops.mem1.trajectory_attention_bwd(
+            grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(),
+            grad_lse,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            expiry,
+            floor,
+            lists[: ctx.num_rows],
+            lists[ctx.num_rows :],
+            ctx.scale,
+            ctx.softcap,
+        )
+        return *gradients, None, None, None, None, None, None
+
+
+def trajectory_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor | None = None,
+    *,
+    floor: Tensor | None = None,
+    plan: BlockPlan | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which query `i` sees key `k` iff `floor[i] <= k <= i < expiry[k]`.
+
+    The work grows with the visible area and the memory with the tokens. A key with
+    `expiry[k] <= k` is seen by nobody and never read; a query that sees nothing gives 0, LSE -inf
+    and no gradient. Under autocast the inputs are cast as for scaled_dot_product_attention.
+
+    Args:
+        query: `[batch, tokens, heads, head_dim]`; float32, float16 or bfloat16; any strides (a last
+            dimension that is not contiguous is copied). head_dim: a multiple of 8 from 16 to 256.
+        key, value: `[batch, tokens, kv_heads, head_dim]`, heads divisible by kv_heads.
+        expiry: int32 or int64 `[tokens]`, or `[batch, tokens]`: first position that no longer sees
+            the key. None, with no plan: causal.
+        floor: as expiry: first key that the query sees. None: 0.
+        plan: `BlockPlan.from_expiry(expiry, floor)`, in place of expiry and floor; make it once and
+            reuse it. Without it one is made in the call.
+        scale: of the scores; `head_dim ** -0.5` unless told.
+        softcap: scores become `softcap * tanh(scores / softcap)`, if given (> 0).
+        return_lse: return the log-sum-exp of the scores too (natural log). It is differentiable.
+
+    Returns:
+        The output, `[batch, tokens, heads, head_dim]` in query's dtype; with `return_lse` also the
+        LSE, float32 `[batch, heads, tokens]`.
+
+    Raises:
+        TypeError: a dtype that is not supported, or dtypes that differ.
+        ValueError: shapes or devices that do not fit, or both a plan and an expiry or floor.
+
+    Source: FlashAttention-2 (arXiv 2307.08691); the mask is MEM1's (arXiv 2506.15841, figure 4).
+
+    >>> query, key = torch.randn(1, 5, 4, 16), torch.randn(1, 5, 2, 16)
+    >>> expiry = torch.tensor([5, 3, 3, 5, 5])  # tokens 1 and 2 are dropped before token 3
+    >>> trajectory_attention(query, key, key, expiry).shape
+    torch.Size([1, 5, 4, 16])
+    """
+    device_type = query.device.type if isinstance(query, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = (
+            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in (query, key, value)
+        )
+    _check_inputs(query, key, value)
+    batch, tokens = query.shape[:2]
+    if plan is not None:
+        if expiry is not None or floor is not None:
+            given = "expiry" if expiry is not None else "floor"
+            raise ValueError(f"{given}: the plan carries it already; pass one of the two")
+        if not isinstance(plan, BlockPlan):
+            raise TypeError(f"plan: expected a BlockPlan, got {type(plan).__name__}")
+        _check_layout("plan", plan.expiry, query)
+    else:
+        if expiry is None:
+            if floor is not None:
+                raise ValueError("floor: needs an expiry beside it, got none")
+            expiry = torch.full((tokens,), tokens, dtype=torch.int32, device=query.device)
+        check_expiry(expiry, floor)
+        _check_layout("expiry", torch.atleast_2d(expiry), query)
+        plan = BlockPlan.from_expiry(expiry, floor)
+    head_dim = query.shape[3]
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
+    if batch == 0:
+        raise ValueError("query: expected at least one batch row, got none")
+
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    out, lse = _TrajectoryAttention.apply(
+        query,
+        key,
+        value,
+        plan.expiry,
+        plan.floor,
+        scale,
+        float(softcap or 0.0),
+        plan.rows,
+        plan.columns,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {x.dtype}")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}: expected {query.dtype} like query, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name}: expected on {query.device} like query, got {x.device}")
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name}: expected [batch, tokens, heads, head_dim], got {list(x.shape)}"
+            )
+    batch, tokens, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    expected = [batch, tokens, kv_heads, head_dim]
+    for name, x in (("key", key), ("value", value)):
+        if list(x.shape) != expected:
+            raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}")
+    if tokens == 0:
+        raise ValueError("query: expected at least one token, got none")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query: expected heads divisible by {kv_heads} kv_heads, got {heads}")
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        raise ValueError(f"query: expected head_dim 16 to 256 in steps of 8, got {head_dim}")
+
+
+def _check_layout(name: str, expiry: Tensor, query: Tensor) -> None:
+    batch, tokens = query.shape[:2]
+    if expiry.shape[1] != tokens or expiry.shape[0] not in (1, batch):
+        raise ValueError(
+            f"{name}: expected {tokens} tokens in 1 or {batch} rows, got {list(expiry.shape)}"
+        )
+    if expiry.device != query.device:
+        raise ValueError(f"{name}: expected on {query.device} like query, got {expiry.device}")

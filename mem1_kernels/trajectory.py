@@ -1,0 +1,680 @@
+"""What a token of an agent's trajectory may see, and for how long.
+
+One integer a key says it all: `expiry[k]` is the first packed position whose query no longer sees
+key `k`, and the optional `floor[i]` is the first key that query `i` may see:
+
+    visible(i, k)  ==  floor[i] <= k <= i < expiry[k]
+
+A retention policy (`mem1`, `keep_last(2)`, your own function) says which segment drops which. The
+same policy masks the trajectory in training and prunes the KV cache in a rollout.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+ROLES = ("prompt", "state", "action", "info")
+GENERATED = ("state", "action")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens that live and die together.
+
+    Args:
+        role: "prompt", "state", "action" or "info"; the policy generates state and action.
+        tokens: how many tokens, or their ids.
+        turn: which turn it belongs to, counted from 0; a trajectory's turns never decrease.
+        depth: 0, or how deep in branches it was written (`fold` drops a branch at its return).
+
+    Raises:
+        ValueError: unknown role, negative count, turn or depth.
+
+    >>> Segment("state", [11, 12, 13], turn=1).num_tokens
+    3
+    """
+
+    role: str
+    tokens: int | Sequence[int] | Tensor
+    turn: int = 0
+    depth: int = 0
+    num_tokens: int = field(init=False)
+    ids: tuple[int, ...] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role: expected one of {ROLES}, got {self.role!r}")
+        for name in ("turn", "depth"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+        if isinstance(self.tokens, int):
+            if self.tokens < 0:
+                raise ValueError(f"tokens: expected a count >= 0, got {self.tokens}")
+            count, ids = self.tokens, None
+        else:
+            values = self.tokens.tolist() if isinstance(self.tokens, Tensor) else self.tokens
+            if not isinstance(values, (list, tuple, range)):
+                got = type(values).__name__
+                raise ValueError(f"tokens: expected a count or a 1-D sequence of ids, got {got}")
+            if not all(isinstance(token, int) for token in values):
+                raise ValueError("tokens: expected integer ids, got another type among them")
+            count, ids = len(values), tuple(values)
+        object.__setattr__(self, "num_tokens", count)
+        object.__setattr__(self, "ids", ids)
+
+
+Expires: TypeAlias = Sequence[int]
+Retention: TypeAlias = Callable[[Sequence[Segment]], "Expires | tuple[Expires, Expires]"]
+"""A retention policy: a plain function from the segments to, for each of them, the index of the
+first segment that no longer sees it (`len(segments)`: it is never dropped). It may return a second
+list: for each segment, the index of the first segment that its tokens see (its floor).
+
+A rollout asks with the segments so far and the one about to be written, so what a policy says of
+past drops must not change as segments are added; the rollout checks that it does not.
+"""
+
+
+def _after_turn_writes(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """Turns that generate something, and the index just behind the last segment they generate."""
+    ends: dict[int, int] = {}
+    for index, segment in enumerate(segments):
+        if segment.role in GENERATED:
+            ends[segment.turn] = index + 1
+    return list(ends), list(ends.values())
+
+
+def mem1(segments: Sequence[Segment]) -> list[int]:
+    """MEM1 (arXiv 2506.15841, section 3.1): a turn is dropped once the next state and action stand.
+
+    The prompt stays. The state, action and info of turn t expire at the end of what turn t+1
+    generates, so the info of turn t+1 sees the prompt and that turn's state and action only.
+
+    >>> turn = lambda t: [Segment("state", 2, t), Segment("action", 1, t), Segment("info", 5, t)]
+    >>> mem1([Segment("prompt", 4), *turn(1), *turn(2)])
+    [7, 6, 6, 6, 7, 7, 7]
+    """
+    turns, ends = _after_turn_writes(segments)
+    expires = []
+    for segment in segments:
+        following = bisect_right(turns, segment.turn)
+        dropped = segment.role != "prompt" and following < len(turns)
+        expires.append(ends[following] if dropped else len(segments))
+    return expires
+
+
+def mem1_release(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """The mask that the released MEM1 training code builds; it differs from the paper.
+
+    A state expires with its own turn (so no state sees the one before it), an action and an info
+    with the next turn, and info tokens see only their own block.
+
+    >>> turn = lambda t: [Segment("state", 2, t), Segment("action", 1, t), Segment("info", 5, t)]
+    >>> mem1_release([Segment("prompt", 4), *turn(1), *turn(2)])
+    ([7, 4, 7, 7, 7, 7, 7], [0, 0, 0, 3, 0, 0, 6])
+    """
+    begins: dict[int, int] = {}
+    for index, segment in enumerate(segments):
+        if segment.role != "prompt":
+            begins.setdefault(segment.turn, index)
+    turns, starts = list(begins), [*begins.values(), len(segments), len(segments)]
+    expires = []
+    for segment in segments:
+        following = bisect_right(turns, segment.turn)
+        if segment.role == "prompt":
+            expires.append(len(segments))
+        else:
+            expires.append(starts[following + (segment.role != "state")])
+    floors = [index if segment.role == "info" else 0 for index, segment in enumerate(segments)]
+    return expires, floors
+
+
+def keep_all(segments: Sequence[Segment]) -> list[int]:
+    """Full context: nothing is ever dropped.
+
+    >>> keep_all([Segment("prompt", 4), Segment("state", 2, 1)])
+    [2, 2]
+    """
+    return [len(segments)] * len(segments)
+
+
+def keep_last(turns: int) -> Retention:
+    """Keeps the prompt and the last `turns` turns, the one being written included.
+
+    Raises:
+        ValueError: turns < 1.
+
+    >>> keep_last(2)([Segment("prompt", 4), *(Segment("action", 1, t) for t in range(4))])
+    [5, 3, 4, 5, 5]
+    """
+    if turns < 1:
+        raise ValueError(f"turns: expected at least 1, got {turns}")
+
+    def keep_last_turns(segments: Sequence[Segment]) -> list[int]:
+        begins: dict[int, int] = {}
+        for index, segment in enumerate(segments):
+            if segment.role != "prompt":
+                begins.setdefault(segment.turn, index)
+        numbers, starts = list(begins), list(begins.values())
+        expires = []
+        for segment in segments:
+            dropper = bisect_right(numbers, segment.turn) - 1 + turns
+            dropped = segment.role != "prompt" and dropper < len(numbers)
+            expires.append(starts[dropper] if dropped else len(segments))
+        return expires
+
+    keep_last_turns.__name__ = f"keep_last({turns})"
+    return keep_last_turns
+
+
+def fold(segments: Sequence[Segment]) -> list[int]:
+    """Context folding (arXiv 2510.11967): a branch is dropped when it returns.
+
+    A segment of depth d expires at the first later segment of smaller depth, which is where its
+    branch has returned. What the branch reports back is a segment of the outer depth.
+
+    >>> fold([Segment("prompt", 4), Segment("action", 1, 1), Segment("action", 9, 2, depth=1),
+    ...       Segment("info", 2, 2), Segment("action", 1, 3)])
+    [5, 5, 3, 5, 5]
+    """
+    expires = [len(segments)] * len(segments)
+    open_branches: list[int] = []
+    for index, segment in enumerate(segments):
+        while open_branches and segments[open_branches[-1]].depth > segment.depth:
+            expires[open_branches.pop()] = index
+        open_branches.append(index)
+    return expires
+
+
+def retained(
+    segments: Sequence[Segment], retention: Retention
+) -> tuple[list[int], list[int] | None]:
+    """Asks `retention` and checks its answer: (expires, floors or None), as segment indices.
+
+    Raises:
+        ValueError: an answer of the wrong length, a segment that expires before it ends, or a floor
+            behind its own segment.
+
+    >>> retained([Segment("prompt", 4), Segment("state", 2, 1)], keep_all)
+    ([2, 2], None)
+    """
+    name = getattr(retention, "__name__", repr(retention))
+    answer = retention(segments)
+    floors: list[int] | None = None
+    if len(answer) == 2 and not isinstance(answer[0], int):
+        expires, floors = (list(part) for part in answer)  # type: ignore[arg-type]
+    else:
+        expires = list(answer)  # type: ignore[arg-type]
+    count = len(segments)
+    for label, values in (("expires", expires), ("floors", floors)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name}: expected {count} {label}, got {len(values)}")
+    for index, end in enumerate(expires):
+        if not index < end <= count:
+            raise ValueError(
+                f"{name}: segment {index} must expire at {index + 1}..{count}, got {end}"
+            )
+    for index, first in enumerate(floors or ()):
+        if not 0 <= first <= index:
+            raise ValueError(f"{name}: segment {index} must see from 0..{index}, got {first}")
+    return expires, floors
+
+
+class Span(NamedTuple):
+    """Where a segment lies in a layout: tokens `start` to `stop` (exclusive)."""
+
+    role: str
+    turn: int
+    start: int
+    stop: int
+
+
+class Layout:
+    """Tokens in packed order, with all that a forward pass and a loss need to know of them.
+
+    Made by `Trajectory`, `pack` and `unroll`. All tensors are `[tokens]`:
+
+        expiry          int32  first position whose query no longer sees this token
+        floor           int32  first token that this query sees, or None where that is 0 for all
+        position_ids    int64  RoPE positions
+        loss_mask       bool   tokens that the policy generated
+        predecessor     int64  the token whose logits predict this one (-1: none does)
+        document        int64  which of the packed trajectories it belongs to
+        source          int64  its index in those trajectories laid behind each other, so that
+                               `torch.cat(per_trajectory_values)[source]` puts values in this order
+        token_ids       int64  or None where the segments were given as counts
+
+    `positions` is "kept" (positions go on counting over dropped tokens, as in a cache that is
+    pruned) or "reprefill" (compact ones, as in an engine that sends the live text again). Training
+    is exact only for the form that the rollout used.
+    """
+
+    def __init__(
+        self,
+        *,
+        expiry: Tensor,
+        floor: Tensor | None,
+        position_ids: Tensor,
+        loss_mask: Tensor,
+        predecessor: Tensor,
+        document: Tensor,
+        source: Tensor,
+        source_tokens: int,
+        token_ids: Tensor | None,
+        spans: tuple[Span, ...],
+        positions: Literal["kept", "reprefill"],
+    ) -> None:
+        self.expiry = expiry
+        self.floor = floor
+        self.position_ids = position_ids
+        self.loss_mask = loss_mask
+        self.predecessor = predecessor
+        self.document = document
+        self.source = source
+        self.source_tokens = source_tokens
+        self.token_ids = token_ids
+        self.spans = spans
+        self.positions = positions
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.num_tokens} tokens, {int(self.document.max()) + 1} "
+            f"document(s), {int(self.loss_mask.sum())} in the loss, positions={self.positions!r})"
+            if self.num_tokens
+            else f"{type(self).__name__}(0 tokens)"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens."""
+        return self.expiry.numel()
+
+    @cached_property
+    def peak_context(self) -> int:
+        """The most keys alive at once: what a pruned cache must hold, in tokens."""
+        count = self.num_tokens
+        begin = torch.arange(count, device=self.expiry.device)
+        end = self.expiry.long().clamp(max=count)
+        change = torch.zeros(count + 1, dtype=torch.int64, device=self.expiry.device)
+        lives = end > begin
+        change.index_add_(0, begin[lives], torch.ones_like(begin[lives]))
+        change.index_add_(0, end[lives], -torch.ones_like(end[lives]))
+        return int(change.cumsum(0).max()) if count else 0
+
+    @cached_property
+    def visible_pairs(self) -> int:
+        """How many (query, key) pairs are visible: the exact work of attention over this layout."""
+        return visible_pairs(self.expiry, self.floor)
+
+    def to(self, device: torch.device | str) -> Layout:
+        """This layout with its tensors on `device`."""
+        moved = Layout.__new__(Layout)
+        for name, value in vars(self).items():
+            moved.__dict__[name] = value.to(device) if isinstance(value, Tensor) else value
+        return moved
+
+    def plot(self, path: str | Path, *, max_pixels: int = 1200) -> None:
+        """Draws the mask with its segments along both axes into the image file `path`.
+
+        Above `max_pixels` tokens it draws an even sample of rows and columns.
+
+        Raises:
+            ImportError: matplotlib is not installed (`pip install mem1-kernels[plot]`).
+            ValueError: the layout is empty.
+        """
+        from mem1_kernels._plot import plot_mask
+
+        plot_mask(self, path, max_pixels=max_pixels)
+
+
+class Trajectory(Layout):
+    """One agent's trajectory under a retention policy, its positions counting on over drops.
+
+    Args:
+        segments: what was written, in order; turns never decrease.
+        retention: which segment drops which, `mem1` unless told.
+
+    Raises:
+        ValueError: no segments, decreasing turns, some segments with ids and some without, or a
+            policy whose answer makes no sense.
+
+    >>> trajectory = Trajectory([
+    ...     Segment("prompt", 2), Segment("state", 1, 1), Segment("action", 1, 1),
+    ...     Segment("info", 2, 1), Segment("state", 1, 2), Segment("action", 1, 2),
+    ...     Segment("info", 1, 2)])
+    >>> trajectory.expiry.tolist()
+    [9, 9, 8, 8, 8, 8, 9, 9, 9]
+    >>> trajectory.peak_context, trajectory.visible_pairs
+    (8, 41)
+    """
+
+    def __init__(self, segments: Sequence[Segment], retention: Retention = mem1) -> None:
+        segments = tuple(segments)
+        if not segments:
+            raise ValueError("segments: expected at least one, got none")
+        for before, after in zip(segments, segments[1:], strict=False):
+            if after.turn < before.turn:
+                raise ValueError(
+                    f"segments: turns must not decrease, got {after.turn} after {before.turn}"
+                )
+        expires, floors = retained(segments, retention)
+        counts = torch.tensor([segment.num_tokens for segment in segments])
+        bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        tokens = int(bounds[-1])
+
+        def per_token(values: Sequence[int] | Tensor) -> Tensor:
+            return torch.repeat_interleave(torch.as_tensor(values), counts)
+
+        index = torch.arange(tokens)
+        super().__init__(
+            expiry=per_token(bounds[torch.tensor(expires)]).int(),
+            floor=None if floors is None else per_token(bounds[torch.tensor(floors)]).int(),
+            position_ids=index,
+            loss_mask=per_token([segment.role in GENERATED for segment in segments]),
+            predecessor=index - 1,
+            document=torch.zeros_like(index),
+            source=index,
+            source_tokens=tokens,
+            token_ids=_join_ids(segments),
+            spans=tuple(
+                Span(segment.role, segment.turn, start, stop)
+                for segment, start, stop in zip(
+                    segments, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True
+                )
+            ),
+            positions="kept",
+        )
+        self.segments = segments
+        self.retention = retention
+
+
+def _join_ids(segments: Sequence[Segment]) -> Tensor | None:
+    filled = [segment for segment in segments if segment.num_tokens]
+    with_ids = [segment for segment in filled if segment.ids is not None]
+    if with_ids and len(with_ids) != len(filled):
+        raise ValueError(
+            f"segments: expected ids in all or in none, got them in {len(with_ids)} of {len(filled)}"
+        )
+    if filled and not with_ids:
+        return None
+    return torch.tensor([i for segment in filled for i in segment.ids or ()], dtype=torch.int64)
+
+
+def _prompt_tokens(layout: Layout) -> int:
+    """How many tokens the leading prompt segments hold."""
+    stop = 0
+    for span in layout.spans:
+        if span.role != "prompt":
+            break
+        stop = span.stop
+    return stop
+
+
+def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
+    """Lays trajectories behind each other, blind to one another, for one forward pass.
+
+    An item that is itself a sequence is a group that shares one prompt (GRPO): the prompt is stored
+    and computed once and the rest of each member hangs below it as a branch of a tree.
+
+    Args:
+        items: trajectories, or groups of them; also what `unroll` and `pack` return.
+
+    Returns:
+        A Layout; `document` counts the members in the order given.
+
+    Raises:
+        ValueError: nothing to pack, kept and re-prefilled positions mixed, token ids in some only,
+            or a group whose prompts differ, are empty, or do not live to the end.
+
+    >>> a = Trajectory([Segment("prompt", 2), Segment("action", 2, 1)])
+    >>> b = Trajectory([Segment("prompt", 2), Segment("action", 1, 1)])
+    >>> pack([a, b]).expiry.tolist()
+    [4, 4, 4, 4, 7, 7, 7]
+    >>> tree = pack([[a, b]])
+    >>> tree.expiry.tolist(), tree.position_ids.tolist(), tree.predecessor.tolist()
+    ([5, 5, 4, 4, 5], [0, 1, 2, 3, 2], [-1, 0, 1, 2, 1])
+    """
+    groups = [[item] if isinstance(item, Layout) else list(item) for item in items]
+    members = [member for group in groups for member in group]
+    if not members or not all(groups):
+        raise ValueError("items: expected at least one trajectory, and none of the groups empty")
+    forms = {member.positions for member in members}
+    if len(forms) > 1:
+        raise ValueError(f"items: expected positions of one form, got {sorted(forms)}")
+    if len({member.token_ids is None for member in members}) > 1:
+        raise ValueError("items: expected token ids in all trajectories or in none")
+
+    parts: dict[str, list[Tensor]] = {name: [] for name in _PACKED}
+    spans: list[Span] = []
+    has_floor = any(member.floor is not None for member in members)
+    base = source_base = document_base = 0
+    for group in groups:
+        shared = _check_shared_prompt(group) if len(group) > 1 else 0
+        group_stop = base + shared + sum(member.num_tokens - shared for member in group)
+        branch = base + shared
+        for number, member in enumerate(group):
+            shift = branch - shared
+            rest = slice(0 if number == 0 else shared, None)
+
+            def place(index: Tensor, shift: int = shift, base: int = base, shared: int = shared):
+                """Member's token indices as packed ones; those in the shared prompt stay in it."""
+                return index + torch.where(index < shared, base, shift)
+
+            expiry = member.expiry + shift
+            if number == 0:
+                expiry[:shared] = group_stop
+            before = member.predecessor
+            parts["expiry"].append(expiry[rest])
+            parts["predecessor"].append(torch.where(before < 0, before, place(before))[rest])
+            parts["document"].append((member.document + document_base)[rest])
+            parts["source"].append((member.source + source_base)[rest])
+            for name in ("position_ids", "loss_mask", "token_ids"):
+                if getattr(member, name) is not None:
+                    parts[name].append(getattr(member, name)[rest])
+            if has_floor:
+                floor = torch.zeros_like(expiry) if member.floor is None else member.floor
+                parts["floor"].append(place(floor)[rest])
+            spans += [
+                span._replace(start=span.start + shift, stop=span.stop + shift)
+                for span in member.spans
+                if number == 0 or span.start >= shared
+            ]
+            branch += member.num_tokens - shared
+            source_base += member.source_tokens
+            document_base += int(member.document.max()) + 1 if member.num_tokens else 1
+        base = group_stop
+    fields = {name: torch.cat(values) if values else None for name, values in parts.items()}
+    return Layout(
+        **fields,  # type: ignore[arg-type]
+        source_tokens=source_base,
+        spans=tuple(spans),
+        positions=members[0].positions,
+    )
+
+
+_PACKED = (
+    "expiry",
+    "floor",
+    "position_ids",
+    "loss_mask",
+    "predecessor",
+    "document",
+    "source",
+    "token_ids",
+)
+
+
+def _check_shared_prompt(group: Sequence[Layout]) -> int:
+    lengths = [_prompt_tokens(member) for member in group]
+    shared = lengths[0]
+    if shared == 0 or any(length != shared for length in lengths):
+        raise ValueError(f"items: a group needs one prompt of one length, got lengths {lengths}")
+    for number, member in enumerate(group):
+        if bool((member.expiry[:shared] < member.num_tokens).any()):
+            raise ValueError(f"items: member {number} of a group drops a part of the shared prompt")
+        for name in ("token_ids", "position_ids"):
+            mine, first = getattr(member, name), getattr(group[0], name)
+            if mine is not None and not torch.equal(mine[:shared], first[:shared]):
+                raise ValueError(f"items: member {number} of a group has another prompt ({name})")
+    return shared
+
+
+def unroll(trajectory: Trajectory) -> Layout:
+    """The re-prefill form: what an engine computes that sends the live text again every turn.
+
+    Behind the shared prompt stands one branch a turn: the segments that are alive when the turn
+    starts, at compact positions, and then what the turn writes. (Turns before which nothing was
+    dropped go on in the branch they are in: it is the same computation.) Every generated token is
+    in the loss exactly once, in the branch that generated it.
+
+    Raises:
+        ValueError: the policy sets floors (an engine that sends text again cannot hide a part of
+            it), or the prompt expires.
+
+    >>> turn = lambda t: [Segment("action", 1, t), Segment("info", 2, t)]
+    >>> layout = unroll(Trajectory([Segment("prompt", 2), *turn(1), *turn(2), *turn(3)]))
+    >>> [(span.role, span.turn) for span in layout.spans]  # doctest: +NORMALIZE_WHITESPACE
+    [('prompt', 0), ('action', 1), ('info', 1), ('action', 2),
+     ('action', 2), ('info', 2), ('action', 3)]
+    >>> layout.position_ids.tolist()
+    [0, 1, 2, 3, 4, 5, 2, 3, 4, 5]
+    >>> layout.loss_mask.int().tolist()
+    [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
+    """
+    segments = trajectory.segments
+    expires, floors = retained(segments, trajectory.retention)
+    if floors is not None:
+        raise ValueError("trajectory: a policy with floors has no re-prefill form")
+    prompts = 0
+    while prompts < len(segments) and segments[prompts].role == "prompt":
+        prompts += 1
+    if any(expires[index] < len(segments) for index in range(prompts)):
+        raise ValueError("trajectory: its prompt expires, so its turns share none")
+
+    branches: list[list[int]] = []
+    fresh: list[set[int]] = []
+    written = prompts
+    for index in range(prompts, len(segments)):
+        if segments[index].role not in GENERATED:
+            continue
+        alive = [past for past in range(prompts, index) if expires[past] > index]
+        if branches and branches[-1] == [past for past in alive if past < written]:
+            branches[-1] = [*alive, index]
+        else:
+            branches.append([*alive, index])
+            fresh.append(set())
+        fresh[-1].add(index)
+        written = index + 1
+
+    prompt = trajectory.spans[prompts - 1].stop if prompts else 0
+    total = prompt + sum(segments[index].num_tokens for branch in branches for index in branch)
+    source = [torch.arange(prompt)]
+    expiry = [torch.full((prompt,), total, dtype=torch.int32)]
+    positions, before = [torch.arange(prompt)], [torch.arange(prompt) - 1]
+    loss_mask = [torch.zeros(prompt, dtype=torch.bool)]
+    spans = list(trajectory.spans[:prompts])
+    base = prompt
+    for branch, generated in zip(branches, fresh, strict=True):
+        start = base
+        for index in branch:
+            span = trajectory.spans[index]
+            count = span.stop - span.start
+            source.append(torch.arange(span.start, span.stop))
+            loss_mask.append(torch.full((count,), index in generated))
+            spans.append(span._replace(start=base, stop=base + count))
+            base += count
+        expiry.append(torch.full((base - start,), base, dtype=torch.int32))
+        positions.append(torch.arange(prompt, prompt + base - start))
+        before.append(torch.arange(start - 1, base - 1))
+        before[-1][:1] = prompt - 1
+    where = torch.cat(source)
+    ids = trajectory.token_ids
+    return Layout(
+        expiry=torch.cat(expiry),
+        floor=None,
+        position_ids=torch.cat(positions),
+        loss_mask=torch.cat(loss_mask),
+        predecessor=torch.cat(before),
+        document=torch.zeros_like(where),
+        source=where,
+        source_tokens=trajectory.num_tokens,
+        token_ids=None if ids is None else ids[where],
+        spans=tuple(spans),
+        positions="reprefill",
+    )
+
+
+def check_expiry(expiry: Tensor, floor: Tensor | None) -> None:
+    """Raises ValueError or TypeError unless expiry (and floor) are `[tokens]` or `[batch, tokens]`
+    integer tensors of one shape and device."""
+    for name, value in (("expiry", expiry), ("floor", floor)):
+        if value is None and name == "floor":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: expected int32 or int64, got {value.dtype}")
+        if value.dim() not in (1, 2):
+            got = list(value.shape)
+            raise ValueError(f"{name}: expected [tokens] or [batch, tokens], got {got}")
+    if floor is not None and floor.shape != expiry.shape:
+        want, got = list(expiry.shape), list(floor.shape)
+        raise ValueError(f"floor: expected the shape of expiry {want}, got {got}")
+    if floor is not None and floor.device != expiry.device:
+        raise ValueError(f"floor: expected on {expiry.device} like expiry, got {floor.device}")
+
+
+def visible(expiry: Tensor, floor: Tensor | None = None) -> Tensor:
+    """The mask itself, dense: for small layouts, tests and pictures.
+
+    Args:
+        expiry: int32 or int64 `[tokens]` or `[batch, tokens]`.
+        floor: the same shape, or None.
+
+    Returns:
+        bool `[tokens, tokens]` (with a batch, `[batch, tokens, tokens]`), True where the query of
+        that row sees the key of that column.
+
+    >>> visible(torch.tensor([3, 2, 3])).int().tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    """
+    check_expiry(expiry, floor)
+    index = torch.arange(expiry.shape[-1], device=expiry.device)
+    query, key = index[:, None], index[None, :]
+    mask = (key <= query) & (query < expiry[..., None, :])
+    return mask if floor is None else mask & (floor[..., :, None] <= key)
+
+
+def visible_pairs(expiry: Tensor, floor: Tensor | None = None) -> int:
+    """How many pairs `visible(expiry, floor)` holds, without building it.
+
+    Memory O(tokens); with a floor, time O(tokens * runs of equal floor).
+
+    >>> visible_pairs(torch.tensor([3, 2, 3]))
+    5
+    """
+    check_expiry(expiry, floor)
+    if expiry.dim() == 2:
+        rows = floor if floor is not None else [None] * expiry.shape[0]
+        return sum(visible_pairs(e, f) for e, f in zip(expiry, rows, strict=True))
+    count = expiry.numel()
+    key = torch.arange(count, device=expiry.device)
+    stop = expiry.long().clamp(max=count)
+    if floor is None:
+        return int((stop - key).clamp(min=0).sum())
+    values, lengths = torch.unique_consecutive(floor, return_counts=True)
+    total, begin = 0, 0
+    for first, length in zip(values.clamp(min=0).tolist(), lengths.tolist(), strict=True):
+        end = begin + length
+        seen = stop[first:end].clamp(max=end) - key[first:end].clamp(min=begin)
+        total += int(seen.clamp(min=0).sum())
+        begin = end
+    return total
