@@ -56,39 +56,39 @@ def plain_attention(
     softcap: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> AttentionResult:
-    """Masked attention and its gradients as a few lines of torch with autograd, all in `dtype`.
+    """Masked attention and its gradients in a few lines of torch, every step rounded to `dtype`.
 
     In fp64 it is what kernels are held to; in a kernel's own dtype it tells the error that this
-    precision brings with it. Sees no NaN in dead keys and blind rows, since it clears them first.
+    precision brings with it. The gradients are in closed form, as in the kernels: autograd's own
+    cancel differently. Dead keys and blind rows are cleared first, so they may hold NaN.
     """
     dtype = dtype or query.dtype
-    floors = None if floor is None else torch.atleast_2d(floor)
-    mask = visible(torch.atleast_2d(expiry), floors)
+    mask = visible(torch.atleast_2d(expiry), None if floor is None else torch.atleast_2d(floor))
     blind, unseen = ~mask.any(2), ~mask.any(1)
-    q = query.detach().to(dtype).masked_fill(blind[:, :, None, None], 0).requires_grad_()
-    k, v = (
-        x.detach().to(dtype).masked_fill(unseen[:, :, None, None], 0).requires_grad_()
-        for x in (key, value)
-    )
-    group = query.shape[2] // key.shape[2]
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(group, 2))
-    scores = scores * (query.shape[3] ** -0.5 if scale is None else scale)
+    q, d_out = (x.to(dtype).masked_fill(blind[:, :, None, None], 0) for x in (query, grad_out))
+    k, v = (x.to(dtype).masked_fill(unseen[:, :, None, None], 0) for x in (key, value))
+    kv_heads, scale = key.shape[2], query.shape[3] ** -0.5 if scale is None else scale
+    group = query.shape[2] // kv_heads
+    k_all, v_all = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k_all) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask[:, None], torch.finfo(dtype).min)
-    lse = torch.logsumexp(scores.float() if dtype != torch.float64 else scores, 3)
-    p = torch.softmax(scores, 3).masked_fill(~mask[:, None], 0)
-    out = torch.einsum("bhqk,bkhd->bqhd", p, v.repeat_interleave(group, 2))
-    keep = ~blind[:, None]
-    loss = (out * grad_out.to(dtype).masked_fill(blind[:, :, None, None], 0)).sum()
+    wide = scores.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = wide.masked_fill(~mask[:, None], -torch.inf)
+    lse = wide.logsumexp(3)
+    p = torch.exp(wide - lse.masked_fill(blind[:, None], 0)[..., None]).to(dtype)
+    out = torch.einsum("bhqk,bkhd->bqhd", p, v_all)
+    delta = (out * d_out).sum(3).transpose(1, 2)
     if grad_lse is not None:
-        loss = (
-            loss + (lse * grad_lse.to(lse.dtype).masked_fill(~keep, 0)).masked_fill(~keep, 0).sum()
-        )
-    grads = torch.autograd.grad(loss, (q, k, v))
-    return AttentionResult(
-        out.detach(), lse.detach().masked_fill(~keep, -torch.inf), *(g.detach() for g in grads)
-    )
+        delta = delta - grad_lse.to(dtype).masked_fill(blind[:, None], 0)
+    d_scores = p * (torch.einsum("bqhd,bkhd->bhqk", d_out, v_all) - delta[..., None])
+    if softcap:
+        d_scores = d_scores * (1 - (scores / softcap) ** 2)
+    d_scores = d_scores * scale
+    d_query = torch.einsum("bhqk,bkhd->bqhd", d_scores, k_all)
+    d_key = torch.einsum("bhqk,bqhd->bkhd", d_scores, q).unflatten(2, (kv_heads, group)).sum(3)
+    d_value = torch.einsum("bhqk,bqhd->bkhd", p, d_out).unflatten(2, (kv_heads, group)).sum(3)
+    return AttentionResult(out, lse, d_query, d_key, d_value)
 
 
 def assert_within_budget(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:

@@ -28,6 +28,14 @@ library.define(
     "Tensor value, Tensor out, Tensor lse, Tensor expiry, Tensor? floor, Tensor[] rows, "
     "Tensor[] columns, float scale, float softcap) -> (Tensor, Tensor, Tensor)"
 )
+library.define(
+    "append_kv_(Tensor keys, Tensor values, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor lengths, Tensor? counts) -> ()"
+)
+library.define(
+    "cached_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, "
+    "Tensor? counts, Tensor? positions, int window, float scale, float softcap) -> (Tensor, Tensor)"
+)
 
 # Importing the extension registers its kernels for the schemas above; torch must be in first.
 HAS_EXTENSION = importlib.util.find_spec("mem1_kernels._C") is not None
@@ -48,15 +56,17 @@ def _serve(op: str, device: str, fallback: Callable | None, fallback_name: str) 
 
 
 def _reference_fwd(query, key, value, expiry, floor, rows, scale, softcap):
-    return reference.attention_forward(query, key, value, expiry, floor, scale, softcap)
+    with torch.autocast(query.device.type, enabled=False):
+        return reference.attention_forward(query, key, value, expiry, floor, scale, softcap)
 
 
 def _reference_bwd(
     grad_out, grad_lse, query, key, value, out, lse, expiry, floor, rows, columns, scale, softcap
 ):
-    return reference.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, expiry, floor, scale, softcap
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        return reference.attention_backward(
+            grad_out, grad_lse, query, key, value, out, lse, expiry, floor, scale, softcap
+        )
 
 
 def _triton_fwd(query, key, value, expiry, floor, rows, scale, softcap):
@@ -77,14 +87,66 @@ def _triton_bwd(
 
 _serve("block_plan", "CPU", block_plan.build_lists, "plain torch")
 _serve("block_plan", "CUDA", block_plan.build_lists, "plain torch")
-_serve("trajectory_attention_fwd", "CPU", _reference_fwd, "plain torch (no extension built)")
-_serve("trajectory_attention_bwd", "CPU", _reference_bwd, "plain torch (no extension built)")
+
+
+def _triton_append_kv_(keys, values, key_cache, value_cache, lengths, counts):
+    from mem1_kernels.ops.triton import cached_attention
+
+    cached_attention.append_kv_(keys, values, key_cache, value_cache, lengths, counts)
+
+
+def _triton_cached_attention(
+    query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
+):
+    from mem1_kernels.ops.triton import cached_attention
+
+    return cached_attention.cached_attention(
+        query,
+        key_cache,
+        value_cache,
+        lengths,
+        counts,
+        positions,
+        window,
+        scale,
+        softcap,
+    )
+
+
+_serve(
+    "trajectory_attention_fwd",
+    "CPU",
+    _reference_fwd,
+    "plain torch (no extension built)",
+)
+_serve(
+    "trajectory_attention_bwd",
+    "CPU",
+    _reference_bwd,
+    "plain torch (no extension built)",
+)
+_serve("append_kv_", "CPU", reference.append_kv_, "plain torch (no extension built)")
+_serve(
+    "cached_attention",
+    "CPU",
+    reference.cached_attention,
+    "plain torch (no extension built)",
+)
 if HAS_TRITON:
     _serve("trajectory_attention_fwd", "CUDA", _triton_fwd, "Triton")
     _serve("trajectory_attention_bwd", "CUDA", _triton_bwd, "Triton")
+    _serve("append_kv_", "CUDA", _triton_append_kv_, "Triton")
+    _serve("cached_attention", "CUDA", _triton_cached_attention, "Triton")
 else:
     _serve("trajectory_attention_fwd", "CUDA", _reference_fwd, "plain torch (no Triton)")
     _serve("trajectory_attention_bwd", "CUDA", _reference_bwd, "plain torch (no Triton)")
+    _serve("append_kv_", "CUDA", reference.append_kv_, "plain torch (no Triton)")
+    _serve(
+        "cached_attention",
+        "CUDA",
+        reference.cached_attention,
+        "plain torch (no Triton)",
+    )
 
 
 @torch.library.register_fake("mem1::block_plan")
@@ -108,4 +170,23 @@ def _(query, key, value, expiry, floor, rows, scale, softcap) -> tuple[Tensor, T
 def _(
     grad_out, grad_lse, query, key, value, out, lse, expiry, floor, rows, columns, scale, softcap
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+    )
+
+
+@torch.library.register_fake("mem1::append_kv_")
+def _(keys, values, key_cache, value_cache, lengths, counts) -> None:
+    return None
+
+
+@torch.library.register_fake("mem1::cached_attention")
+def _(
+    query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
+) -> tuple[Tensor, Tensor]:
+    batch, new_tokens, heads, head_dim = query.shape
+    out = query.new_empty(batch, new_tokens, heads, head_dim)
+    lse = query.new_empty(batch, heads, new_tokens, dtype=torch.float32)
+    return out, lse

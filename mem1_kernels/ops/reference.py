@@ -94,4 +94,83 @@ def attention_backward(
     d_k = scale * torch.einsum("bhqk,bqhd->bkhd", d_scores, q)
     d_v = torch.einsum("bhqk,bqhd->bkhd", p, d_out)
     d_k, d_v = (g.unflatten(2, (kv_heads, group)).sum(3) for g in (d_k, d_v))
-    return d_q.to(query.dtype), d_k.to(key.dtype), d_v.to(value.dtype)
+    return (
+        d_q.to(query.dtype).contiguous(),
+        d_k.to(key.dtype).contiguous(),
+        d_v.to(value.dtype).contiguous(),
+    )
+
+
+def _check_range(name: str, x: Tensor, low: int | Tensor, high: int | Tensor, meaning: str) -> None:
+    """Raises ValueError unless low <= x <= high in every batch row."""
+    wrong = (x < low) | (x > high)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        least, most = (int(y[row]) if isinstance(y, Tensor) else y for y in (low, high))
+        raise ValueError(
+            f"{name}: expected {least} to {most} ({meaning}) in row {row}, got {int(x[row])}"
+        )
+
+
+def append_kv_(
+    keys: Tensor,
+    values: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None,
+) -> None:
+    """Token `t < counts[b]` of row `b` goes to slot `lengths[b] + t` of the caches, in place."""
+    new_tokens, capacity = keys.shape[2], key_cache.shape[2]
+    if counts is None:
+        counts = torch.full_like(lengths, new_tokens)
+    _check_range("counts", counts, 0, new_tokens, "the new tokens")
+    _check_range("lengths", lengths, 0, capacity - counts, "what the capacity leaves room for")
+    for row, (start, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
+        key_cache[row, :, start : start + count] = keys[row, :, :count]
+        value_cache[row, :, start : start + count] = values[row, :, :count]
+
+
+def cached_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None,
+    positions: Tensor | None,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the newest tokens over ragged caches: output and LSE as `attention_forward`.
+
+    Query `i < counts[b]` stands in slot `lengths[b] - counts[b] + i` and sees the slots up to its
+    own; under a window > 0 only those with `position of its slot - positions[slot] < window`.
+    """
+    batch, new_tokens = query.shape[:2]
+    capacity = key_cache.shape[2]
+    _check_range("lengths", lengths, 0, capacity, "the capacity")
+    if counts is None:
+        counts = new_tokens * (lengths > 0)
+    _check_range("counts", counts, 0, new_tokens, "the new tokens")
+    _check_range("lengths", lengths, counts, capacity, "the new tokens and the capacity")
+
+    compute = _compute_dtype(query.dtype)
+    token = torch.arange(new_tokens, device=query.device)
+    slot = torch.arange(capacity, device=query.device)
+    blind = token >= counts[:, None]
+    own = ((lengths - counts)[:, None] + token).clamp(max=max(capacity - 1, 0))
+    mask = (slot <= own[:, :, None]) & ~blind[:, :, None]
+    if window:
+        own_position = positions.gather(1, own.long())
+        mask &= own_position[:, :, None] - positions[:, None] < window
+    dead = slot >= lengths[:, None]
+    q = _clean(query.to(compute), blind)
+    k, v = (_clean(x.transpose(1, 2).to(compute), dead) for x in (key_cache, value_cache))
+    scores = _scores(q, k, scale, softcap).masked_fill(~mask[:, None], -torch.inf)
+    lse = scores.logsumexp(3)
+    probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    v = v.repeat_interleave(query.shape[2] // key_cache.shape[1], 2)
+    out = torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
+    lse_dtype = compute if compute == torch.float64 else torch.float32
+    return out.to(query.dtype).contiguous(), lse.to(lse_dtype)
