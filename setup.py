@@ -1,8 +1,9 @@
 """Builds ``mem1_kernels._C`` with ninja, against the torch that is installed.
 
-``MEM1_BUILD_CUDA`` decides on CUDA: ``auto`` (default) looks for nvcc and a CUDA torch and prints what
-it decided, ``0`` never, ``1`` fails if it cannot. ``TORCH_CUDA_ARCH_LIST`` overrides the architectures.
-Run it as ``pip install --no-build-isolation .``, or ``python setup.py build_ext --inplace`` to rebuild.
+`MEM1_BUILD_CUDA` decides on CUDA: `auto` (default) looks for nvcc and a CUDA torch and prints what
+it decided, `0` never builds it, `1` fails where it cannot. `TORCH_CUDA_ARCH_LIST` overrides the
+architectures. Run it as `pip install --no-build-isolation .`; to rebuild what changed,
+`python setup.py build_ext --inplace`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ try:
     from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
-        f"mem1_kernels builds against the torch you have, and {error.name} cannot be imported here.\n"
+        f"mem1_kernels builds against the torch you have, but {error.name} is not importable.\n"
         "Install torch, pybind11 and ninja, then run: pip install --no-build-isolation ."
     ) from error
 
@@ -130,7 +131,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # pip builds an editable install in a fresh folder each time; a fixed one rebuilds only what changed
+        # For an editable install pip names a fresh folder each time; a fixed one rebuilds less.
         self.build_temp = str(ROOT / "build" / f"setup-{sys.implementation.cache_tag}")
 
     def build_extension(self, ext: Extension) -> None:
@@ -179,8 +180,8 @@ def extension() -> Extension:
     return make_extension(
         "mem1_kernels._C",
         sources,
-        # pybind11's own headers come before torch's copy: _C passes plain values only, so it need not
-        # match torch's pybind11, and the package knows newer Pythons than an older torch's copy does.
+        # pybind11's own headers go before torch's copy: _C passes plain values only, so it need
+        # not match torch's, and an older torch's copy may not know a newer Python.
         include_dirs=[str(ROOT / "csrc"), str(generated), pybind11.get_include()],
         define_macros=[("MEM1_WITH_CUDA", "1")] if with_cuda else [],
         extra_compile_args={

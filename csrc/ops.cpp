@@ -2,11 +2,13 @@
 // declares, and binds, in module _C, what is no tensor op: what this build holds.
 #include "ops.h"
 
+#include <c10/util/Exception.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <exception>
 #include <map>
 #include <sstream>
 #include <string>
@@ -74,6 +76,14 @@ TORCH_LIBRARY_IMPL(mem1, CPU, library) {}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of mem1_kernels; its tensor ops are under torch.ops.mem1.";
+  // Inside a tensor op torch does this.
+  pybind11::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const c10::ValueError& error) {
+      PyErr_SetString(PyExc_ValueError, error.what_without_backtrace());
+    }
+  });
   m.def("build_info", &build_info,
         "What this module was built from and what it uses on this CPU: a dict with sources, ops "
         "(names by backend), cuda_archs, compiler, torch (version built against), simd_compiled, "

@@ -1,0 +1,84 @@
+"""`python -m mem1_kernels.info`, and the package without its extension and without triton."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mem1_kernels
+from mem1_kernels import info
+from mem1_kernels.ops import _library
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# None in sys.modules is how an import system says "there is no such module".
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({missing!r}))
+import torch
+from mem1_kernels import BlockPlan, info, trajectory_attention
+from mem1_kernels.ops import reference
+query, key = torch.randn(1, 300, 4, 16, requires_grad=True), torch.randn(1, 300, 2, 16)
+expiry = torch.arange(300, dtype=torch.int32).add(70).clamp(max=300)
+out, lse = trajectory_attention(query, key, key, expiry, return_lse=True)
+(gradient,) = torch.autograd.grad(out.square().sum() + lse.sum(), query)
+assert out.shape == query.shape and gradient.isfinite().all()
+expected, expected_lse = reference.attention_forward(
+    query, key, key, torch.atleast_2d(expiry), None, 0.25, 0.0
+)
+torch.testing.assert_close((out, lse), (expected, expected_lse))
+assert not set({missing!r}) & {{name for name, module in sys.modules.items() if module}}
+print(info.report())
+"""
+
+
+def test_module_prints_the_report():
+    result = subprocess.run(
+        [sys.executable, "-m", "mem1_kernels.info"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"torch         {torch.__version__}" in result.stdout
+    assert f"mem1_kernels  {mem1_kernels.__version__}" in result.stdout
+
+
+def test_every_op_is_served_on_both_devices():
+    for op, by_device in info.operators().items():
+        assert by_device.keys() == {"CPU", "CUDA"}, op
+
+
+def test_report_names_every_op_and_device():
+    report = info.report()
+    for op, _ in _library.implementations:
+        assert f"op {op}\n" in report
+    for index in range(torch.cuda.device_count()):
+        assert f"cuda:{index}" in report
+
+
+@pytest.mark.parametrize(
+    "missing", [["mem1_kernels._C"], ["triton"], ["mem1_kernels._C", "triton"]], ids="-".join
+)
+def test_package_works_without(missing):
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(missing=missing)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    report = result.stdout
+    if "mem1_kernels._C" in missing:
+        assert "extension _C\n  not built" in report
+        assert "mem1_kernels._C (" not in report
+    if "triton" in missing:
+        assert "CUDA          Triton" not in report
+
+
+def test_extension_says_when_it_was_built_for_another_torch(monkeypatch):
+    if not _library.HAS_EXTENSION:
+        pytest.skip("extension not built")
+    monkeypatch.setattr(torch, "__version__", "9.9.9+cpu")
+    assert info.extension()["torch"].endswith("running 9.9.9: build it again")
