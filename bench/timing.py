@@ -1,0 +1,148 @@
+"""How every benchmark here measures: interleaved rounds in one run, medians with p20 and p80.
+
+Machines are noisy, so what a result says is the ratio between two things measured in the same
+run: each round times every candidate once, and a ratio is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Timing:
+    """One candidate's times over the rounds, in seconds."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def quantile(self, fraction: float) -> float:
+        ordered = sorted(self.seconds)
+        return ordered[round(fraction * (len(ordered) - 1))]
+
+    def over(self, other: Timing) -> float:
+        """Median of this one's time over the other's, round by round."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+    def row(self) -> dict[str, float]:
+        return {
+            "median_ms": 1e3 * self.median,
+            "p20_ms": 1e3 * self.quantile(0.2),
+            "p80_ms": 1e3 * self.quantile(0.8),
+            "rounds": len(self.seconds),
+        }
+
+
+def measure(
+    candidates: dict[str, Callable[[], Any]],
+    *,
+    device: str,
+    rounds: int = 15,
+    warmup: int = 2,
+    seconds: float = 20.0,
+) -> dict[str, Timing]:
+    """Times every candidate once a round, for `rounds` rounds or until `seconds` have passed.
+
+    At least three rounds are run. On CUDA it times with events, on the stream, after a write of
+    256 MB that clears the L2 cache.
+    """
+    for run in candidates.values():
+        for _ in range(warmup):
+            run()
+    timer = _cuda_timer() if device == "cuda" else _cpu_timer
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    started = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - started > seconds:
+            break
+        for name, run in candidates.items():
+            times[name].append(timer(run))
+    return {name: Timing(values) for name, values in times.items()}
+
+
+def _cpu_timer(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _cuda_timer() -> Callable[[Callable[[], Any]], float]:
+    scratch = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+
+    def timer(run: Callable[[], Any]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        scratch.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return timer
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, driver, versions and commit, as they go into every result file."""
+    versions = {}
+    for package in ("torch", "triton", "transformers", "flash-attn", "flash-attn-4"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+    }
+    if device == "cuda":
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        record["driver"] = _output(*query)
+        record["cuda"] = torch.version.cuda
+    return record
+
+
+def write_results(path: str | Path, device: str, rows: list[dict[str, Any]]) -> None:
+    """Writes `{"environment": …, "rows": […]}` as JSON, making the folder if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment(device), "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def print_row(row: dict[str, Any], columns: list[str]) -> None:
+    """Prints the named columns of one result on a line."""
+    cells = []
+    for name in columns:
+        value = row.get(name, "")
+        cells.append(f"{value:.3g}" if isinstance(value, float) else str(value))
+    print("  ".join(cell.ljust(max(9, len(n))) for cell, n in zip(cells, columns, strict=True)))
+
+
+def _cpu_name() -> str:
+    lines = _output("lscpu") or ""
+    names = [line.split(":", 1)[1].strip() for line in lines.splitlines() if "Model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
