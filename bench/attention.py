@@ -266,9 +266,12 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=20.0, help="bound on one measurement")
+    parser.add_argument("--quick", action="store_true", help="two layouts, 4,096 tokens, 5 rounds")
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--plot", help="picture of the TFLOP/s to write")
     options = parser.parse_args()
+    if options.quick:
+        options.tokens, options.layouts, options.rounds = [4096], ["qa", "causal"], 5
     peers = list(PEERS[options.device]) if options.peers is None else options.peers
     unknown = set(peers) - set(PEERS[options.device])
     if unknown:

@@ -309,13 +309,3 @@ def test_type_errors():
         visible(torch.zeros(2))
     with pytest.raises(TypeError, match="expiry: expected a tensor, got list"):
         visible([1, 2])
-
-
-@pytest.mark.parametrize("module", ["trajectory", "block_plan", "testing", "ops.attention"])
-def test_examples_in_docstrings(module):
-    import doctest
-    import importlib
-
-    result = doctest.testmod(importlib.import_module(f"mem1_kernels.{module}"))
-    assert result.failed == 0
-    assert result.attempted > 0
