@@ -88,6 +88,25 @@ class Case:
     expiry: Tensor
 
 
+def make_case(expiry: Tensor, dtype: torch.dtype, options: argparse.Namespace) -> Case:
+    """Seeded normal values for a layout; zeros would run faster than real data."""
+    tokens = len(expiry)
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(count: int) -> Tensor:
+        shape = (options.batch, tokens, count, options.head_dim)
+        return torch.randn(shape, generator=generator).to(options.device, dtype)
+
+    query, key, value = (normal(n) for n in (options.heads, options.kv_heads, options.kv_heads))
+    return Case(
+        query.requires_grad_(),
+        key.requires_grad_(),
+        value.requires_grad_(),
+        normal(options.heads),
+        expiry.to(options.device),
+    )
+
+
 Forward = Callable[[], Tensor]
 
 
@@ -284,25 +303,11 @@ def main() -> None:
     for dtype in options.dtypes:
         for tokens in options.tokens:
             for layout in options.layouts:
-                generator = torch.Generator().manual_seed(tokens)
-
-                def normal(count: int, tokens: int = tokens, generator=generator) -> Tensor:
-                    shape = (options.batch, tokens, count, options.head_dim)
-                    values = torch.randn(shape, generator=generator)
-                    return values.to(options.device, getattr(torch, dtype))
-
-                heads, kv_heads = options.heads, options.kv_heads
-                case = Case(
-                    normal(heads).requires_grad_(),
-                    normal(kv_heads).requires_grad_(),
-                    normal(kv_heads).requires_grad_(),
-                    normal(heads),
-                    LAYOUTS[layout](tokens).to(options.device),
-                )
+                case = make_case(LAYOUTS[layout](tokens), getattr(torch, dtype), options)
                 for row in bench_case(case, options.passes, peers, vars(options)):
-                    shape = {"batch": options.batch, "heads": heads, "kv_heads": kv_heads}
+                    shape = ("batch", "heads", "kv_heads", "head_dim")
                     row = {"layout": layout, "tokens": tokens, "dtype": dtype, **row}
-                    rows.append({**row, **shape, "head_dim": options.head_dim})
+                    rows.append({**row, **{name: getattr(options, name) for name in shape}})
                     print_row(rows[-1], columns)
                 if options.out:
                     write_results(options.out, options.device, rows)

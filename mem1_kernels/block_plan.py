@@ -114,12 +114,11 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """This plan on another device."""
-        return BlockPlan(
-            **{
-                name: None if value is None else value.to(device, non_blocking=True)
-                for name, value in vars(self).items()
-            }
-        )
+        moved = {
+            name: None if value is None else value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+        }
+        return BlockPlan(**moved)  # type: ignore[arg-type]
 
 
 def build_lists(expiry: Tensor, floor: Tensor | None) -> list[Tensor]:

@@ -401,7 +401,8 @@ def _join_ids(segments: Sequence[Segment]) -> Tensor | None:
     with_ids = [segment for segment in filled if segment.ids is not None]
     if with_ids and len(with_ids) != len(filled):
         raise ValueError(
-            f"segments: expected ids in all or in none, got them in {len(with_ids)} of {len(filled)}"
+            "segments: expected ids in all or in none, "
+            f"got them in {len(with_ids)} of {len(filled)}"
         )
     if filled and not with_ids:
         return None

@@ -37,7 +37,7 @@ class _TrajectoryAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None):  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None):
         query, key, value, out, lse, expiry, floor, *lists = ctx.saved_tensors
         if grad_out is None:
             if grad_lse is None:
