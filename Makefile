@@ -21,7 +21,7 @@ setup: $(READY)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
-# setuptools 84 is newer than the one that a new environment holds; torch stays if it is there.
+# torch stays if it is there.
 $(DEPENDENCIES): requirements-dev.txt requirements-torch.txt | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q -r requirements-torch.txt
 	$(BIN)/python -m pip install -q -r requirements-dev.txt

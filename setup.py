@@ -55,12 +55,16 @@ def simd_level(source: str) -> str | None:
     return suffix if suffix in SIMD_FLAGS else None
 
 
+def compiler() -> list[str]:
+    """The C++ compiler's command, as torch's build chooses it."""
+    return os.environ.get("CXX", "c++").split()
+
+
 def compiler_accepts(flags: list[str]) -> bool:
-    compiler = os.environ.get("CXX", "c++").split()
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder, "probe.cpp")
         probe.write_text("int main() { return 0; }\n")
-        command = [*compiler, *flags, "-c", str(probe), "-o", str(Path(folder, "probe.o"))]
+        command = [*compiler(), *flags, "-c", str(probe), "-o", str(Path(folder, "probe.o"))]
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -154,14 +158,22 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().build_extension(ext)
 
 
-def extension() -> Extension:
+def extensions() -> list[Extension]:
+    """`mem1_kernels._C`, or nothing where there is no C++ compiler: the package works without."""
     listed = read_sources()
+    choice = os.environ.get("MEM1_BUILD_CUDA", "auto")
     with_cuda, reason = decide_cuda(
-        os.environ.get("MEM1_BUILD_CUDA", "auto"),
+        choice,
         torch.version.cuda,
         nvcc_version(),
         [source for source in listed if source.endswith(".cu")],
     )
+    if shutil.which(compiler()[0]) is None:
+        obstacle = f"the C++ compiler {compiler()[0]} was not found"
+        if choice == "1":
+            raise SystemExit(f"MEM1_BUILD_CUDA=1 cannot be met: {obstacle}")
+        print(f"mem1_kernels: no extension, CPU ops will run plain torch: {obstacle}")
+        return []
     archs = ""
     if with_cuda:
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
@@ -177,7 +189,7 @@ def extension() -> Extension:
     generated = ROOT / "build" / f"setup-{sys.implementation.cache_tag}" / "generated"
     write_if_changed(generated / "mem1_build_config.h", build_config(sources, levels, archs))
     make_extension = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
-    return make_extension(
+    compiled = make_extension(
         "mem1_kernels._C",
         sources,
         # pybind11's own headers go before torch's copy: _C passes plain values only, so it need
@@ -190,7 +202,8 @@ def extension() -> Extension:
         },
         extra_link_args=OPENMP_FLAGS,
     )
+    return [compiled]
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -141,6 +141,14 @@ def test_setup_fails_where_demanded_cuda_cannot_be():
     assert "MEM1_BUILD_CUDA=1 cannot be met" in result.stderr
 
 
+def test_setup_goes_on_without_a_compiler():
+    result = run_setup(MEM1_BUILD_CUDA="auto", CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    assert "no extension, CPU ops will run plain torch: the C++ compiler no-such-compiler" in (
+        result.stdout
+    )
+
+
 @pytest.fixture(scope="module")
 def cmake_commands(tmp_path_factory) -> Iterator[dict[str, list[str]]]:
     """The compile command of each source as CMake has it."""
