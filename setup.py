@@ -198,7 +198,7 @@ def extensions() -> list[Extension]:
         define_macros=[("MEM1_WITH_CUDA", "1")] if with_cuda else [],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *OPENMP_FLAGS],
-            "nvcc": ["-O3", "-lineinfo"],
+            "nvcc": ["-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"],
         },
         extra_link_args=OPENMP_FLAGS,
     )
