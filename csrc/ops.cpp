@@ -72,7 +72,10 @@ pybind11::dict build_info() {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mem1, CPU, library) {}
+TORCH_LIBRARY_IMPL(mem1, CPU, library) {
+  add(library, "CPU", "prune_kv_", &mem1::prune_kv_cpu);
+  add(library, "CPU", "prune_paged_kv_", &mem1::prune_paged_kv_cpu);
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of mem1_kernels; its tensor ops are under torch.ops.mem1.";

@@ -20,4 +20,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_bwd_cpu(
     const at::Tensor& expiry, const std::optional<at::Tensor>& floor, at::TensorList rows,
     at::TensorList columns, double scale, double softcap);
 
+// cpu/kv_cache.cpp
+void prune_kv_cpu(at::TensorList keys, at::TensorList values, const at::Tensor& lengths,
+                  const at::Tensor& keep, at::TensorList slots, bool ordered,
+                  const std::optional<at::Tensor>& position_delta, at::TensorList rope_steps,
+                  bool interleaved);
+
+void prune_paged_kv_cpu(at::TensorList keys, at::TensorList values, const at::Tensor& block_table,
+                        const at::Tensor& lengths, const at::Tensor& keep,
+                        const std::optional<at::Tensor>& page_refs, at::TensorList slots,
+                        const at::Tensor& freed, const at::Tensor& freed_counts);
+
 }  // namespace mem1

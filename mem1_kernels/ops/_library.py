@@ -13,12 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mem1_kernels import block_plan
+from mem1_kernels import block_plan, trajectory
 from mem1_kernels.ops import reference
 
 library = torch.library.Library("mem1", "DEF")
 
 library.define("block_plan(Tensor expiry, Tensor? floor) -> Tensor[]")
+library.define("window_floor(Tensor expiry, Tensor position_ids, int window) -> Tensor")
 library.define(
     "trajectory_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor expiry, Tensor? floor, "
     "Tensor[] rows, float scale, float softcap) -> (Tensor, Tensor)"
@@ -35,6 +36,16 @@ library.define(
 library.define(
     "cached_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, "
     "Tensor? counts, Tensor? positions, int window, float scale, float softcap) -> (Tensor, Tensor)"
+)
+library.define(
+    "prune_kv_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) lengths, Tensor keep, "
+    "Tensor(d!)[] slots, bool ordered, Tensor? position_delta, Tensor[] rope_steps, "
+    "bool interleaved) -> ()"
+)
+library.define(
+    "prune_paged_kv_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) block_table, "
+    "Tensor(d!) lengths, Tensor keep, Tensor? page_refs, Tensor(e!)[] slots, Tensor(f!) freed, "
+    "Tensor(g!) freed_counts) -> ()"
 )
 
 # Importing the extension registers its kernels for the schemas above; torch must be in first.
@@ -81,12 +92,20 @@ def _triton_bwd(
     from mem1_kernels.ops.triton import attention
 
     return attention.backward(
-        grad_out, grad_lse, query, key, value, out, lse, expiry, floor, rows, columns, scale, softcap
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        expiry,
+        floor,
+        rows,
+        columns,
+        scale,
+        softcap,
     )
-
-
-_serve("block_plan", "CPU", block_plan.build_lists, "plain torch")
-_serve("block_plan", "CUDA", block_plan.build_lists, "plain torch")
 
 
 def _triton_append_kv_(keys, values, key_cache, value_cache, lengths, counts):
@@ -101,52 +120,63 @@ def _triton_cached_attention(
     from mem1_kernels.ops.triton import cached_attention
 
     return cached_attention.cached_attention(
-        query,
-        key_cache,
-        value_cache,
-        lengths,
-        counts,
-        positions,
-        window,
-        scale,
-        softcap,
+        query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
     )
 
 
-_serve(
-    "trajectory_attention_fwd",
-    "CPU",
-    _reference_fwd,
-    "plain torch (no extension built)",
-)
-_serve(
-    "trajectory_attention_bwd",
-    "CPU",
-    _reference_bwd,
-    "plain torch (no extension built)",
-)
+def _reference_cached_attention(
+    query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
+):
+    with torch.autocast(query.device.type, enabled=False):
+        return reference.cached_attention(
+            query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
+        )
+
+
+def _triton_prune_kv_(
+    keys, values, lengths, keep, slots, ordered, position_delta, rope_steps, interleaved
+):
+    from mem1_kernels.ops.triton import prune_kv
+
+    prune_kv.prune_kv_(
+        keys, values, lengths, keep, slots, ordered, position_delta, rope_steps, interleaved
+    )
+
+
+def _triton_prune_paged_kv_(
+    keys, values, block_table, lengths, keep, page_refs, slots, freed, freed_counts
+):
+    from mem1_kernels.ops.triton import prune_kv
+
+    prune_kv.prune_paged_kv_(
+        keys, values, block_table, lengths, keep, page_refs, slots, freed, freed_counts
+    )
+
+
+_serve("block_plan", "CPU", block_plan.build_lists, "plain torch")
+_serve("block_plan", "CUDA", block_plan.build_lists, "plain torch")
+_serve("window_floor", "CPU", trajectory.window_floor, "plain torch")
+_serve("window_floor", "CUDA", trajectory.window_floor, "plain torch")
+_serve("trajectory_attention_fwd", "CPU", _reference_fwd, "plain torch (no extension built)")
+_serve("trajectory_attention_bwd", "CPU", _reference_bwd, "plain torch (no extension built)")
 _serve("append_kv_", "CPU", reference.append_kv_, "plain torch (no extension built)")
-_serve(
-    "cached_attention",
-    "CPU",
-    reference.cached_attention,
-    "plain torch (no extension built)",
-)
+_serve("cached_attention", "CPU", _reference_cached_attention, "plain torch (no extension built)")
+_serve("prune_kv_", "CPU", reference.prune_kv_, "plain torch (no extension built)")
+_serve("prune_paged_kv_", "CPU", reference.prune_paged_kv_, "plain torch (no extension built)")
 if HAS_TRITON:
     _serve("trajectory_attention_fwd", "CUDA", _triton_fwd, "Triton")
     _serve("trajectory_attention_bwd", "CUDA", _triton_bwd, "Triton")
     _serve("append_kv_", "CUDA", _triton_append_kv_, "Triton")
     _serve("cached_attention", "CUDA", _triton_cached_attention, "Triton")
+    _serve("prune_kv_", "CUDA", _triton_prune_kv_, "Triton")
+    _serve("prune_paged_kv_", "CUDA", _triton_prune_paged_kv_, "Triton")
 else:
     _serve("trajectory_attention_fwd", "CUDA", _reference_fwd, "plain torch (no Triton)")
     _serve("trajectory_attention_bwd", "CUDA", _reference_bwd, "plain torch (no Triton)")
     _serve("append_kv_", "CUDA", reference.append_kv_, "plain torch (no Triton)")
-    _serve(
-        "cached_attention",
-        "CUDA",
-        reference.cached_attention,
-        "plain torch (no Triton)",
-    )
+    _serve("cached_attention", "CUDA", _reference_cached_attention, "plain torch (no Triton)")
+    _serve("prune_kv_", "CUDA", reference.prune_kv_, "plain torch (no Triton)")
+    _serve("prune_paged_kv_", "CUDA", reference.prune_paged_kv_, "plain torch (no Triton)")
 
 
 @torch.library.register_fake("mem1::block_plan")
@@ -156,6 +186,11 @@ def _(expiry, floor) -> list[Tensor]:
     lists = [n, n + 1, n, n * (n + 1) // 2]
     items = [2 * n, 2 * n, 2 * n, 2 * n, n, n]
     return [expiry.new_empty(layouts, size) for size in (*lists, *lists, *items)]
+
+
+@torch.library.register_fake("mem1::window_floor")
+def _(expiry, position_ids, window) -> Tensor:
+    return expiry.new_empty(expiry.shape, dtype=torch.int32)
 
 
 @torch.library.register_fake("mem1::trajectory_attention_fwd")
@@ -170,11 +205,7 @@ def _(query, key, value, expiry, floor, rows, scale, softcap) -> tuple[Tensor, T
 def _(
     grad_out, grad_lse, query, key, value, out, lse, expiry, floor, rows, columns, scale, softcap
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        query.new_empty(query.shape),
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-    )
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 @torch.library.register_fake("mem1::append_kv_")
@@ -190,3 +221,13 @@ def _(
     out = query.new_empty(batch, new_tokens, heads, head_dim)
     lse = query.new_empty(batch, heads, new_tokens, dtype=torch.float32)
     return out, lse
+
+
+@torch.library.register_fake("mem1::prune_kv_")
+def _(keys, values, lengths, keep, slots, ordered, position_delta, rope_steps, interleaved) -> None:
+    return None
+
+
+@torch.library.register_fake("mem1::prune_paged_kv_")
+def _(keys, values, block_table, lengths, keep, page_refs, slots, freed, freed_counts) -> None:
+    return None

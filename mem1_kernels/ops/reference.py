@@ -174,3 +174,125 @@ def cached_attention(
     out = torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
     lse_dtype = compute if compute == torch.float64 else torch.float32
     return out.to(query.dtype).contiguous(), lse.to(lse_dtype)
+
+
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """`x` as integers of the same size, which every dtype can be copied as."""
+    return x.view(_SAME_SIZE[x.element_size()])
+
+
+def turned(key: Tensor, delta: Tensor, steps: Tensor, interleaved: bool) -> Tensor:
+    """Keys `[heads, tokens, rotary_dim]` rotated on by `delta` `[tokens]` positions, in fp64.
+
+    steps: int64 `[rotary_dim / 2]`, in units of 2^-64 turns a position. (RoPE, arXiv 2104.09864.)
+    """
+    turns = steps.double() / 2.0**64 * delta.double()[:, None]
+    angle = 2 * torch.pi * (turns - turns.round())
+    cos, sin = angle.cos(), angle.sin()
+    key = key.double()
+    if interleaved:
+        x, y = key[..., 0::2], key[..., 1::2]
+        return torch.stack((x * cos - y * sin, x * sin + y * cos), -1).flatten(-2)
+    x, y = key.chunk(2, -1)
+    return torch.cat((x * cos - y * sin, x * sin + y * cos), -1)
+
+
+def prune_kv_(
+    keys: list[Tensor],
+    values: list[Tensor],
+    lengths: Tensor,
+    keep: Tensor,
+    slots: list[Tensor],
+    ordered: bool,
+    position_delta: Tensor | None,
+    rope_steps: list[Tensor],
+    interleaved: bool,
+) -> None:
+    """Slot `i < n` of each row takes what slot `source[i]` held; n survivors, tails untouched.
+
+    Hole filling: the r-th survivor in a slot >= n fills the r-th hole. Ordered: ascending.
+    """
+    _check_range("lengths", lengths, 0, keep.shape[1], "the capacity")
+    for row, length in enumerate(lengths.tolist()):
+        survivors = keep[row, :length].nonzero()[:, 0]
+        n = len(survivors)
+        source = survivors
+        if not ordered:
+            source = torch.arange(n, device=keep.device)
+            source[~keep[row, :n]] = survivors[survivors >= n]
+        for x in (*slots, *values, *keys):
+            rows = _as_bytes(x)[row]
+            if x.dim() == 2:
+                rows[:n] = rows[source]
+            else:
+                rows[:, :n] = rows[:, source]
+        lengths[row] = n
+        if position_delta is None:
+            continue
+        delta = position_delta[row, source]
+        turns = delta != 0
+        for layer, key in enumerate(keys):
+            steps = rope_steps[layer if len(rope_steps) > 1 else 0]
+            moving = key[row, :, :n, : 2 * len(steps)]
+            moving[:, turns] = turned(moving[:, turns], delta[turns], steps, interleaved).to(
+                key.dtype
+            )
+
+
+def prune_paged_kv_(
+    keys: list[Tensor],
+    values: list[Tensor],
+    block_table: Tensor,
+    lengths: Tensor,
+    keep: Tensor,
+    page_refs: Tensor | None,
+    slots: list[Tensor],
+    freed: Tensor,
+    freed_counts: Tensor,
+) -> None:
+    """Whole pages stay, the survivors of the others are hole-filled into as few as hold them.
+
+    keys, values: `[pages, page_size, kv_heads, head_dim]`; slots: `[pages, page_size]`.
+    """
+    page_size = keys[0].shape[1]
+    capacity = min(keep.shape[1], block_table.shape[1] * page_size)
+    _check_range("lengths", lengths, 0, capacity, "the capacity")
+    freed.fill_(-1)
+    freed_counts.zero_()
+    for row, length in enumerate(lengths.tolist()):
+        alive = keep[row, :length].tolist()
+        if all(alive):
+            continue
+        # Page id and which of its tokens survive, by what may be done with the page.
+        whole: list[tuple[int, list[bool]]] = []
+        partial, dead, shared = whole[:], whole[:], whole[:]
+        for first in range(0, length, page_size):
+            page, mine = int(block_table[row, first // page_size]), alive[first : first + page_size]
+            tokens = mine + [False] * (page_size - len(mine))
+            if all(tokens):
+                whole.append((page, tokens))
+            elif page_refs is not None and page_refs[page] > 1:
+                shared.append((page, tokens))
+            else:
+                (partial if any(tokens) else dead).append((page, tokens))
+        packing = partial + dead + shared
+        packed = sum(sum(tokens) for _, tokens in packing)
+        receivers = -(-packed // page_size)
+        if receivers > len(partial) + len(dead):
+            freed_counts[row] = -1
+            continue
+        places = [(page, i, kept) for page, tokens in packing for i, kept in enumerate(tokens)]
+        holes = [(page, i) for page, i, kept in places[:packed] if not kept]
+        sources = [(page, i) for page, i, kept in places[packed:] if kept]
+        for x in map(_as_bytes, (*keys, *values, *slots)):
+            for (page, i), (from_page, from_i) in zip(holes, sources, strict=True):
+                x[page, i] = x[from_page, from_i]
+        table = [page for page, _ in whole + packing]
+        used = len(whole) + receivers
+        block_table[row, : len(table)] = block_table.new_tensor(table)
+        freed[row, : len(table) - used] = block_table.new_tensor(table[used:])
+        freed_counts[row] = len(table) - used
+        lengths[row] = len(whole) * page_size + packed

@@ -1,0 +1,351 @@
+"""Pruning KV caches in place: prune_kv_ for dense rows, prune_paged_kv_ for paged ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mem1_kernels.ops import _library  # noqa: F401  registers the operators
+from mem1_kernels.ops._memory import check_disjoint
+from mem1_kernels.ops.rope import Rope
+
+ROTATED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def prune_kv_(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    lengths: Tensor,
+    keep: Tensor,
+    *,
+    slots: Sequence[Tensor] | None = None,
+    ordered: bool = False,
+    position_delta: Tensor | None = None,
+    rope: Rope | None = None,
+) -> None:
+    """Drops slots of a KV cache in place, in all layers at once.
+
+    Of row `b`'s slots `0 .. lengths[b] - 1` those with `keep[b, slot]` survive, n of them, and
+    `lengths[b]` becomes n. By default survivors in slots >= n fill the holes (dead slots < n), the
+    r-th such survivor the r-th hole, and all others stay: attention does not care about the order
+    of past slots, since positions are baked into the keys, and the moves are as few as can be. With
+    `ordered` survivors keep their order. Every byte that moves is copied as it is; slots from n on
+    keep theirs. `keep` from `lengths[b]` on is ignored.
+
+    With `position_delta` and `rope` each surviving key is rotated on by its own number of
+    positions, whether or not it moves (by 0: copied). Rotated again and again, 16-bit keys lose
+    accuracy (bf16: about 2e-3 once, 3e-2 after 100 times), so shift as rarely as possible.
+
+    On a GPU the call is one launch for all layers in CUDA C++ (a few in Triton), allocates nothing
+    after the first call on a cache, never waits for the device, and replays in a CUDA graph with
+    whatever keep, lengths and position_delta then hold. A length out of range traps there, as
+    torch's own index checks do, since reading it back would cost a wait.
+
+    Args:
+        keys, values: one tensor a layer, `[batch, kv_heads, capacity, head_dim]`, of any dtype of
+            1, 2, 4 or 8 bytes. kv_heads, head_dim, dtype and strides may differ from layer to
+            layer; the last dimension must be contiguous. Storage `[batch, capacity, heads,
+            head_dim]` goes in as `x.transpose(1, 2)`. Changed in place.
+        lengths: int32 `[batch]`, tokens that each row holds. Changed in place.
+        keep: bool `[batch, capacity]`.
+        slots: further tensors `[batch, capacity]` with something for each slot (its expiry,
+            position, token id; any dtype), which move along. Changed in place.
+        ordered: keep the survivors' order.
+        position_delta: int32 `[batch, capacity]`, by how many positions the key now in each slot
+            (its slot before the prune) turns on. Needs `rope`.
+        rope: the model's rotation. Needs `position_delta`, and keys of one dtype, float32,
+            float16 or bfloat16, in the layers that it rotates.
+
+    Raises:
+        TypeError: a dtype that is not as above.
+        ValueError: shapes, devices or strides that do not fit, tensors that overlap in memory or
+            require gradients, position_delta without rope or the reverse, a rope that does not fit
+            the keys, and, on the CPU, a length outside `0 .. capacity`. Nothing is written then.
+
+    >>> keys = torch.arange(6.0).reshape(1, 1, 6, 1)
+    >>> lengths = torch.tensor([5], dtype=torch.int32)
+    >>> keep = torch.tensor([[True, False, False, True, True, False]])
+    >>> prune_kv_([keys], [keys.clone()], lengths, keep)
+    >>> keys[0, 0, :3, 0], lengths
+    (tensor([0., 3., 4.]), tensor([3], dtype=torch.int32))
+    """
+    slots = list(slots or ())
+    _check_rows("lengths", lengths, keep)
+    batch, capacity = keep.shape
+    layout = "[batch, kv_heads, capacity, head_dim]"
+    written = _check_layers(keys, values, keep, layout, {0: batch, 2: capacity})
+    written |= _check_slots(slots, keep, (batch, capacity), "(batch, capacity)")
+    written["lengths"] = lengths
+    read = {"keep": keep}
+    if (position_delta is None) != (rope is None):
+        missing = "rope" if rope is None else "position_delta"
+        raise ValueError(f"{missing}: position_delta and rope go together, got only one of them")
+    steps: list[Tensor] = []
+    if rope is not None and position_delta is not None:
+        _check_rotation(keys, rope, position_delta, keep)
+        steps = rope.steps
+        read["position_delta"] = position_delta
+    _check_memory(written, read)
+    _check_range(lengths, capacity)
+    torch.ops.mem1.prune_kv_(
+        list(keys),
+        list(values),
+        lengths,
+        keep,
+        slots,
+        ordered,
+        position_delta,
+        steps,
+        rope is not None and rope.layout == "interleaved",
+    )
+    _mark_written(written)
+
+
+def prune_paged_kv_(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    block_table: Tensor,
+    lengths: Tensor,
+    keep: Tensor,
+    *,
+    layout: str = "NHD",
+    page_refs: Tensor | None = None,
+    slots: Sequence[Tensor] | None = None,
+    freed: Tensor | None = None,
+    freed_counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Drops tokens of a paged KV cache in place: mostly an edit of the block table.
+
+    Token `t` of row `b` lies in page `block_table[b, t // page_size]`. The tokens with `keep[b, t]`
+    survive. Pages all of whose tokens survive are not touched. The survivors of the others are
+    packed into as few of them as hold them, moving at most two pages of tokens a run of dropped
+    tokens, however long the run. `block_table[b]` then lists the row's pages in use, whole ones
+    first and in their order, so that token `t < lengths[b]` is again where the formula says, and
+    behind them the freed ones; the rest of it is not touched.
+
+    A page with `page_refs` > 1 is shared with a row of this or of another batch: it is read and it
+    can leave the row's table, but it is never written. Its survivors, if it is not whole, move to
+    pages that the row has for itself. A row without enough of those is left as it is, and
+    `freed_counts` of it is -1: give it a copy of the page, and prune again. `page_refs` is not
+    changed: its owner takes 1 off for each page in `freed`, shared ones included.
+
+    Works on a GPU as `prune_kv_` does (a fixed `freed` and `freed_counts` keep it from
+    allocating). Without the CUDA extension the moves are one launch, and torch ops on the device
+    find them.
+
+    Args:
+        keys, values: one tensor a layer, `[pages, page_size, kv_heads, head_dim]` (NHD) or
+            `[pages, kv_heads, page_size, head_dim]` (HND), otherwise as in `prune_kv_`. Caches
+            that hold keys and values together go in as views: vLLM's and FlashInfer's
+            `[pages, 2, ...]` as `kv[:, 0]` and `kv[:, 1]`, vLLM's `[2, pages, ...]` as `kv[0]` and
+            `kv[1]`. Changed in place.
+        block_table: int32 `[batch, max_pages]`. Entries that `lengths` does not reach may hold
+            anything. Changed in place.
+        lengths: int32 `[batch]`, tokens that each row holds. Changed in place.
+        keep: bool `[batch, tokens]` in the rows' order, tokens >= lengths.
+        layout: "NHD" or "HND".
+        page_refs: int32 `[pages]`, how many rows use each page; None: no page is shared.
+        slots: further tensors `[pages, page_size]` with something for each slot, which move along.
+        freed, freed_counts: int32 `[batch, max_pages]` and `[batch]` to hold the result.
+
+    Returns:
+        freed: int32 `[batch, max_pages]`, the pages that left each row, -1 behind them.
+        freed_counts: int32 `[batch]`, how many; -1: the row could not be pruned.
+
+    Raises:
+        TypeError: a dtype that is not as above.
+        ValueError: as `prune_kv_`; on the CPU also a page in use that does not exist, has
+            `page_refs` < 1, or stands twice though it is not shared. (On a GPU the first of these
+            traps, and the others are not seen.)
+
+    >>> keys = torch.arange(8.0).reshape(4, 2, 1, 1)  # 4 pages of 2 tokens
+    >>> table = torch.tensor([[3, 0, 2]], dtype=torch.int32)
+    >>> lengths = torch.tensor([6], dtype=torch.int32)
+    >>> keep = torch.tensor([[True, True, False, False, False, True]])
+    >>> freed, counts = prune_paged_kv_([keys], [keys.clone()], table, lengths, keep)
+    >>> table.tolist(), lengths.tolist(), freed.tolist(), keys[2, 0].item()
+    ([[3, 2, 0]], [3], [[0, -1, -1]], 5.0)
+    """
+    if layout not in ("NHD", "HND"):
+        raise ValueError(f"layout: expected 'NHD' or 'HND', got {layout!r}")
+    slots = list(slots or ())
+    _check_rows("lengths", lengths, keep)
+    batch = keep.shape[0]
+    if not keys:
+        raise ValueError("keys: expected at least one layer, got none")
+    _check_tensor("keys[0]", keys[0], 4, "[pages, page_size, kv_heads, head_dim]")
+    slot_dim = 1 if layout == "NHD" else 2
+    pages, page_size = keys[0].shape[0], keys[0].shape[slot_dim]
+    if page_size == 0:
+        raise ValueError("keys[0]: expected a page size of at least 1, got 0")
+    names = "page_size, kv_heads" if layout == "NHD" else "kv_heads, page_size"
+    written = _check_layers(
+        keys, values, keep, f"[pages, {names}, head_dim]", {0: pages, slot_dim: page_size}
+    )
+    written |= _check_slots(slots, keep, (pages, page_size), "(pages, page_size)")
+    _check_int32("block_table", block_table, keep, (batch, None), "(batch, max_pages)")
+    max_pages = block_table.shape[1]
+    read = {"keep": keep}
+    if page_refs is not None:
+        _check_int32("page_refs", page_refs, keep, (pages,), "(pages)")
+        read["page_refs"] = page_refs
+    if freed is None:
+        freed = torch.empty_like(block_table, memory_format=torch.contiguous_format)
+    if freed_counts is None:
+        freed_counts = torch.empty_like(lengths)
+    _check_int32("freed", freed, keep, (batch, max_pages), "(batch, max_pages)")
+    _check_int32("freed_counts", freed_counts, keep, (batch,), "(batch)")
+    written |= {"block_table": block_table, "lengths": lengths}
+    written |= {"freed": freed, "freed_counts": freed_counts}
+    _check_memory(written, read)
+    _check_range(lengths, min(keep.shape[1], max_pages * page_size))
+    if layout == "HND":
+        keys, values = ([x.transpose(1, 2) for x in xs] for xs in (keys, values))
+    torch.ops.mem1.prune_paged_kv_(
+        list(keys),
+        list(values),
+        block_table,
+        lengths,
+        keep,
+        page_refs,
+        slots,
+        freed,
+        freed_counts,
+    )
+    _mark_written(written)
+    return freed, freed_counts
+
+
+def _check_tensor(name: str, x: Tensor, dim: int, layout: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dim() != dim:
+        raise ValueError(f"{name}: expected {layout}, got {list(x.shape)}")
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected a contiguous last dimension, got strides {list(x.stride())}"
+        )
+
+
+def _check_device(name: str, x: Tensor, keep: Tensor) -> None:
+    if x.device != keep.device:
+        raise ValueError(f"{name}: expected on {keep.device} like keep, got {x.device}")
+
+
+def _check_int32(
+    name: str, x: Tensor, keep: Tensor, shape: tuple[int | None, ...], meaning: str
+) -> None:
+    """An int32 tensor of that shape (None: any size) on keep's device."""
+    _check_tensor(name, x, len(shape), meaning)
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name}: expected int32, got {x.dtype}")
+    if any(size not in (None, got) for size, got in zip(shape, x.shape, strict=True)):
+        sizes = ["any" if size is None else size for size in shape]
+        raise ValueError(f"{name}: expected {sizes} {meaning}, got {list(x.shape)}")
+    _check_device(name, x, keep)
+
+
+def _check_rows(name: str, lengths: Tensor, keep: Tensor) -> None:
+    _check_tensor("keep", keep, 2, "[batch, capacity]")
+    if keep.dtype != torch.bool:
+        raise TypeError(f"keep: expected bool, got {keep.dtype}")
+    _check_int32(name, lengths, keep, (keep.shape[0],), "(batch)")
+
+
+def _check_item(name: str, x: Tensor) -> None:
+    if x.element_size() not in (1, 2, 4, 8):
+        raise TypeError(f"{name}: expected a dtype of 1, 2, 4 or 8 bytes, got {x.dtype}")
+
+
+def _check_layers(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    keep: Tensor,
+    layout: str,
+    sizes: dict[int, int],
+) -> dict[str, Tensor]:
+    """The layers by name; `sizes` are those of the dimensions that all of them share."""
+    if len(values) != len(keys):
+        raise ValueError(f"values: expected {len(keys)} tensors like keys, got {len(values)}")
+    layers: dict[str, Tensor] = {}
+    for label, tensors in (("keys", keys), ("values", values)):
+        for i, x in enumerate(tensors):
+            name = f"{label}[{i}]"
+            _check_tensor(name, x, 4, layout)
+            if any(x.shape[dim] != size for dim, size in sizes.items()):
+                expected = [sizes.get(dim, got) for dim, got in enumerate(x.shape)]
+                raise ValueError(f"{name}: expected {expected} {layout}, got {list(x.shape)}")
+            _check_item(name, x)
+            _check_device(name, x, keep)
+            layers[name] = x
+    return layers
+
+
+def _check_slots(
+    slots: Sequence[Tensor], keep: Tensor, shape: tuple[int, int], meaning: str
+) -> dict[str, Tensor]:
+    for i, x in enumerate(slots):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"slots[{i}]: expected a tensor, got {type(x).__name__}")
+        if x.shape != shape:
+            raise ValueError(f"slots[{i}]: expected {list(shape)} {meaning}, got {list(x.shape)}")
+        _check_item(f"slots[{i}]", x)
+        _check_device(f"slots[{i}]", x, keep)
+    return {f"slots[{i}]": x for i, x in enumerate(slots)}
+
+
+def _check_rotation(
+    keys: Sequence[Tensor], rope: Rope, position_delta: Tensor, keep: Tensor
+) -> None:
+    if not isinstance(rope, Rope):
+        raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
+    _check_int32("position_delta", position_delta, keep, tuple(keep.shape), "(batch, capacity)")
+    steps = rope.steps
+    if len(steps) not in (1, len(keys)):
+        raise ValueError(
+            f"rope: expected inv_freq as 1 tensor or {len(keys)} (layers), got {len(steps)}"
+        )
+    dtypes = set()
+    for i, key in enumerate(keys):
+        step = steps[i if len(steps) > 1 else 0]
+        if step.device != keep.device:
+            raise ValueError(f"rope: expected on {keep.device} like keep, got {step.device}")
+        if len(step) == 0:
+            continue
+        if 2 * len(step) > key.shape[3]:
+            raise ValueError(
+                f"rope: expected at most {key.shape[3]} rotated elements for keys[{i}], "
+                f"got {2 * len(step)}"
+            )
+        if key.dtype not in ROTATED_DTYPES:
+            raise TypeError(
+                f"keys[{i}]: expected float32, float16 or bfloat16 to rotate, got {key.dtype}"
+            )
+        dtypes.add(key.dtype)
+    if len(dtypes) > 1:
+        raise TypeError(f"keys: expected one dtype to rotate, got {sorted(map(str, dtypes))}")
+
+
+def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    if torch.compiler.is_compiling():
+        return  # tensors have no addresses yet
+    for name, x in written.items():
+        if x.requires_grad:
+            raise ValueError(f"{name}: requires gradients, and pruning is not differentiable")
+    check_disjoint(written, read)
+
+
+def _check_range(lengths: Tensor, capacity: int) -> None:
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (lengths < 0) | (lengths > capacity)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"lengths: expected 0 to {capacity} in row {row}, got {int(lengths[row])}")
+
+
+def _mark_written(written: dict[str, Tensor]) -> None:
+    """Tells autograd, so that a backward pass through what was overwritten raises."""
+    torch.autograd.graph.increment_version([x for x in written.values() if not x.is_inference()])
