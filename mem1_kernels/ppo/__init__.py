@@ -1,0 +1,38 @@
+"""The loss of a MEM1 agent: pure tensor functions, each beside its equation."""
+
+from __future__ import annotations
+
+from .advantages import (
+    gae,
+    kl_penalised_rewards,
+    on_every_token,
+    on_last_token,
+    reinforce_pp_advantages,
+)
+from .groups import grpo_advantages, rloo_advantages
+from .logprobs import token_log_probs
+from .losses import kl_estimate, policy_loss, truncated_importance_weights, value_loss
+from .masked import AllReduce, masked_mean, whiten
+from .metrics import approx_kl, clip_fraction, explained_variance, log_prob_gap
+
+__all__ = [
+    "AllReduce",
+    "approx_kl",
+    "clip_fraction",
+    "explained_variance",
+    "gae",
+    "grpo_advantages",
+    "kl_estimate",
+    "kl_penalised_rewards",
+    "log_prob_gap",
+    "masked_mean",
+    "on_every_token",
+    "on_last_token",
+    "policy_loss",
+    "reinforce_pp_advantages",
+    "rloo_advantages",
+    "token_log_probs",
+    "truncated_importance_weights",
+    "value_loss",
+    "whiten",
+]
