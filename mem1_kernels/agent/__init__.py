@@ -1,0 +1,1 @@
+"""The loop around the kernels: tags, environments, retrieval, scoring and the agent itself."""

@@ -1,0 +1,239 @@
+"""What an agent acts in: one small protocol, and a batch of such environments.
+
+    prompt = environment.reset(task)
+    observation, reward, done, scores = environment.step(turn)
+
+A prompt and an observation are text (`str`) for language models or token ids (`list[int]`) for the
+small tasks; `environment.tags` says how turns are written and is of the same kind. The environment
+gets a `Turn` that its tags have read from what the policy generated, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from mem1_kernels.agent.tags import Content, Tags, Turn
+
+logger = logging.getLogger(__name__)
+
+CHARACTERS_PER_TOKEN = 64
+
+
+class ToolError(RuntimeError):
+    """A tool could not do its work: no answer from a server, a reply that makes no sense."""
+
+
+class Step(NamedTuple):
+    """What an action led to.
+
+    Fields:
+        observation: what the policy sees next, without tags; empty where the episode is over.
+        reward: earned by this action.
+        done: the episode is over.
+        scores: at the end of an episode, its measures by name ("em", "f1", ...), each a number or
+            one number an objective.
+    """
+
+    observation: Content
+    reward: float = 0.0
+    done: bool = False
+    scores: Mapping[str, Any] = {}
+
+
+class Environment(Protocol):
+    """An environment runs one episode at a time; what is expensive (a corpus, a shop) is shared.
+
+    A malformed turn reaches `step` like any other (`turn.kind == "malformed"`, `turn.error`): the
+    environment says whether it ends the episode or is answered by an observation.
+    """
+
+    tags: Tags
+
+    def reset(self, task: Any) -> Content:
+        """Begins an episode and returns its prompt."""
+
+    def step(self, turn: Turn) -> Step | tuple[Content, float, bool]:
+        """Does what the turn says; raises `ToolError` where a tool fails."""
+
+
+@dataclass
+class Episode:
+    """What is known of an episode so far; `error` says why one ended before its time."""
+
+    task: Any
+    turns: int = 0
+    reward: float = 0.0
+    done: bool = False
+    error: str = ""
+    scores: dict[str, Any] = field(default_factory=dict)
+
+
+class EnvironmentBatch:
+    """Several episodes side by side: lists in, lists out.
+
+    A tool that fails ends its episode, with the reward earned so far and the error recorded, and
+    leaves the others alone.
+
+    Args:
+        make: makes one environment; called once for each place in the batch.
+        workers: how many steps may run at once, for tools that wait for a network.
+
+    >>> from mem1_kernels.agent.tags import MEM1
+    >>> class Echo:
+    ...     tags = MEM1
+    ...     def reset(self, task):
+    ...         self.word = task
+    ...         return f"Say {task}."
+    ...     def step(self, turn):
+    ...         return "", float(turn.payload == self.word), True
+    >>> batch = EnvironmentBatch(Echo)
+    >>> batch.reset(["hello", "bye"])
+    ['Say hello.', 'Say bye.']
+    >>> turn = MEM1.parse("<think>easy</think><answer>hello</answer>")
+    >>> [step.reward for step in batch.step([turn, turn])]
+    [1.0, 0.0]
+    >>> batch.active
+    []
+    """
+
+    def __init__(self, make: Callable[[], Environment], *, workers: int = 1) -> None:
+        if workers < 1:
+            raise ValueError(f"workers: expected at least 1, got {workers}")
+        self.make = make
+        self.workers = workers
+        self.environments: list[Environment] = [make()]
+        self.episodes: list[Episode] = []
+
+    @property
+    def tags(self) -> Tags:
+        """How turns are written in these environments."""
+        return self.environments[0].tags
+
+    @property
+    def active(self) -> list[int]:
+        """The places whose episode goes on."""
+        return [place for place, episode in enumerate(self.episodes) if not episode.done]
+
+    def reset(self, tasks: Sequence[Any]) -> list[Content]:
+        """Begins one episode a task. Where a tool fails, that episode is over and its prompt empty.
+
+        Any other error is raised: it is the task that is wrong.
+        """
+        while len(self.environments) < len(tasks):
+            self.environments.append(self.make())
+        self.episodes = [Episode(task) for task in tasks]
+
+        def begin(place: int) -> Content:
+            try:
+                return self.environments[place].reset(tasks[place])
+            except ToolError as error:
+                self._fail(place, error)
+                return ""
+
+        return self._map(begin, range(len(tasks)))
+
+    def step(self, turns: Sequence[Turn | None]) -> list[Step | None]:
+        """One turn for each episode: None where it is over, and None comes back there.
+
+        Raises:
+            ValueError: as many turns as episodes are expected, and a turn for exactly the active.
+        """
+        if len(turns) != len(self.episodes):
+            raise ValueError(f"turns: expected {len(self.episodes)}, got {len(turns)}")
+        places = [place for place, turn in enumerate(turns) if turn is not None]
+        if places != self.active:
+            raise ValueError(f"turns: expected them at {self.active}, got them at {places}")
+
+        def act(place: int) -> Step:
+            turn = turns[place]
+            assert turn is not None
+            episode = self.episodes[place]
+            episode.turns += 1
+            try:
+                step = Step(*self.environments[place].step(turn))
+                _check_observation(step.observation)
+            except Exception as error:  # whatever a tool raises ends its own episode only
+                return self._fail(place, error)
+            episode.reward += step.reward
+            episode.done = step.done
+            episode.scores.update(step.scores)
+            return step
+
+        steps = dict(zip(places, self._map(act, places), strict=True))
+        return [steps.get(place) for place in range(len(turns))]
+
+    def stop(self, place: int, error: str) -> None:
+        """Ends the episode at `place` from outside, such as when it is out of turns."""
+        self.episodes[place].done = True
+        self.episodes[place].error = error
+
+    def _fail(self, place: int, error: Exception) -> Step:
+        message = f"{type(error).__name__}: {error}"
+        logger.warning("episode %d ends: %s", place, message, exc_info=error)
+        self.stop(place, message)
+        return Step("", 0.0, True)
+
+    def _map(self, function: Callable[[int], Any], places: Iterable[int]) -> list[Any]:
+        if self.workers == 1:
+            return [function(place) for place in places]
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(function, places))
+
+
+def _check_observation(observation: object) -> None:
+    ids = isinstance(observation, list) and all(isinstance(i, int) for i in observation)
+    if not isinstance(observation, str) and not ids:
+        raise TypeError(f"observation: expected str or list[int], got {type(observation).__name__}")
+
+
+def observation_ids(
+    observation: Content,
+    tags: Tags,
+    *,
+    encode: Callable[[str], list[int]] | None = None,
+    max_tokens: int | None = None,
+    turns_left: int | None = None,
+) -> list[int]:
+    """The token ids of an observation in its tags, no more than `max_tokens` of them.
+
+    What is too long loses its end; the tags and the hint are always whole. Of a text no more than
+    64 characters an allowed token are looked at, so an enormous page costs no more than a long one.
+
+    Args:
+        encode: text -> ids, without adding special tokens and reading none in the text (for a
+            Hugging Face tokenizer: `add_special_tokens=False, split_special_tokens=True`). Not
+            needed for an observation of ids.
+        max_tokens: the cap, tags and hint included; None for no cap.
+        turns_left: for the hint; None for no hint.
+
+    Raises:
+        ValueError: the tags and the hint alone are longer than `max_tokens`.
+        TypeError: a text without `encode`.
+
+    >>> from mem1_kernels.agent.tags import TagSet
+    >>> letters = lambda text: [ord(letter) for letter in text]
+    >>> ids = observation_ids("x" * 99, TagSet(info="i"), encode=letters, max_tokens=14)
+    >>> "".join(map(chr, ids))
+    '\\n\\n<i>xxx</i>\\n\\n'
+    """
+    head, body, tail = tags.wrap(observation, turns_left)
+
+    def ids(content: Content) -> list[int]:
+        if not isinstance(content, str):
+            return content
+        if encode is None:
+            raise TypeError("encode: expected a function from text to ids, got None")
+        return list(encode(content)) if content else []
+
+    before, after = ids(head), ids(tail)
+    if max_tokens is None:
+        return [*before, *ids(body), *after]
+    room = max_tokens - len(before) - len(after)
+    if room < 0:
+        needed = len(before) + len(after)
+        raise ValueError(f"max_tokens: expected at least {needed} for the tags, got {max_tokens}")
+    return [*before, *ids(body[: room * CHARACTERS_PER_TOKEN])[:room], *after]
