@@ -21,10 +21,11 @@ setup: $(READY)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
-# torch stays if it is there.
-$(DEPENDENCIES): requirements-dev.txt requirements-torch.txt | $(BIN)/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q -r requirements-torch.txt
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
+# A torch or triton that is there stays.
+$(DEPENDENCIES): $(wildcard requirements/*.txt) | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q -r requirements/torch.txt
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q -r requirements/triton.txt
+	$(BIN)/python -m pip install -q -r requirements/dev.txt
 	touch $@
 
 $(READY): $(DEPENDENCIES) setup.py pyproject.toml csrc/sources.txt $(CPP_SOURCES)
