@@ -242,6 +242,31 @@ def prune_kv_(
             )
 
 
+def _check_table(
+    block_table: Tensor, lengths: Tensor, page_size: int, pages: int, page_refs: Tensor | None
+) -> None:
+    """Raises ValueError unless pages in use exist, count their users, and are shared or unique."""
+    seen: set[int] = set()
+    for row, length in enumerate(lengths.tolist()):
+        for page in block_table[row, : -(-length // page_size)].tolist():
+            if not 0 <= page < pages:
+                raise ValueError(
+                    f"block_table: expected pages 0 to {pages - 1} in row {row}, got {page}"
+                )
+            refs = 1 if page_refs is None else int(page_refs[page])
+            if refs < 1:
+                raise ValueError(
+                    f"page_refs: expected at least 1 for page {page}, which row {row} uses, "
+                    f"got {refs}"
+                )
+            if refs == 1 and page in seen:
+                raise ValueError(
+                    f"block_table: expected page {page} once, since nothing says that it is "
+                    f"shared, got it again in row {row}"
+                )
+            seen.add(page)
+
+
 def prune_paged_kv_(
     keys: list[Tensor],
     values: list[Tensor],
@@ -260,6 +285,7 @@ def prune_paged_kv_(
     page_size = keys[0].shape[1]
     capacity = min(keep.shape[1], block_table.shape[1] * page_size)
     _check_range("lengths", lengths, 0, capacity, "the capacity")
+    _check_table(block_table, lengths, page_size, len(keys[0]), page_refs)
     freed.fill_(-1)
     freed_counts.zero_()
     for row, length in enumerate(lengths.tolist()):
