@@ -1,0 +1,225 @@
+"""Launchers of the trajectory attention kernels: what `mem1::trajectory_attention_*` is on CUDA.
+
+They take what the operators take, allocate, choose a configuration and launch. Nothing is read
+back from the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from mem1_kernels.ops.triton import attention_configs as configs
+from mem1_kernels.ops.triton import attention_kernels as kernels
+
+TILE = 128
+"""Tokens on a side of a plan's tile."""
+ROWS = 32
+"""Rows in a block of the two kernels that only stream: the preprocess and the sum."""
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    """Compute capability, major; under the interpreter, on the CPU, the H100's."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def _config(pass_name: str, query: Tensor) -> configs.Config:
+    return configs.select(
+        pass_name, _generation(query.device), query.shape[3], query.element_size()
+    )
+
+
+def _options(config: configs.Config) -> dict[str, object]:
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        # The kernels count on y * post - m being one instruction.
+        "enable_fp_fusion": True,
+    }
+
+
+def _blocks(config: configs.Config) -> dict[str, int]:
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PART": config.part}
+
+
+def _flags(query: Tensor, key: Tensor, floor: Tensor | None, softcap: float) -> dict[str, int]:
+    d0, d1 = configs.head_chunks(query.shape[3])
+    return {
+        "GROUP": query.shape[2] // key.shape[2],
+        "HAS_FLOOR": floor is not None,
+        "HAS_SOFTCAP": softcap != 0.0,
+        "TILE": TILE,
+        "HEAD_DIM": query.shape[3],
+        "D0": d0,
+        "D1": d1,
+    }
+
+
+def _score_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """(pre, post) with score in log2 units = post * (q.k, or tanh(pre * q.k) under a softcap)."""
+    if softcap:
+        return scale / softcap, softcap * math.log2(math.e)
+    assert scale > 0, f"scale: expected a number > 0, got {scale}"
+    return 1.0, scale * math.log2(math.e)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    floor: Tensor | None,
+    rows: list[Tensor],
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """`mem1::trajectory_attention_fwd`: output (contiguous, query's dtype) and LSE (fp32)."""
+    batch, tokens, heads, head_dim = query.shape
+    out = query.new_empty(batch, tokens, heads, head_dim)
+    lse = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    config = _config("fwd", query)
+    grid = (batch * heads, -(-tokens // TILE) * (TILE // config.block_m))
+    with torch.cuda.device_of(query):
+        kernels._fwd_kernel[grid](
+            query,
+            key,
+            value,
+            out,
+            lse,
+            expiry,
+            floor,
+            *rows,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            heads,
+            tokens,
+            int(expiry.shape[0] > 1),
+            *_score_factors(scale, softcap),
+            **_flags(query, key, floor, softcap),
+            **_blocks(config),
+            **_options(config),
+        )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    expiry: Tensor,
+    floor: Tensor | None,
+    rows: list[Tensor],
+    columns: list[Tensor],
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mem1::trajectory_attention_bwd`: gradients of query, key, value (contiguous, their dtype).
+
+    Each is written once, or summed in a fixed order: two runs agree bit for bit. Besides the
+    gradients this takes 8 bytes a query row and head, and 8 bytes a key, kv head and dimension for
+    the pieces of split columns (whose number only the device knows).
+    """
+    batch, tokens, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    n = -(-tokens // TILE)
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    _, col_offsets, col_partial, col_tiles, *items, col_first_slot, col_slots = columns
+    grad_query = query.new_empty(batch, tokens, heads, head_dim)
+    grad_key, grad_value = (key.new_empty(batch, tokens, kv_heads, head_dim) for _ in range(2))
+    lse2, delta = (lse.new_empty(batch, heads, n * TILE, dtype=torch.float32) for _ in range(2))
+    work = [
+        lse.new_empty(batch, kv_heads, n, TILE, head_dim, dtype=torch.float32) for _ in range(2)
+    ]
+    plan_step = int(expiry.shape[0] > 1)
+    pre, post = _score_factors(scale, softcap)
+    flags = _flags(query, key, floor, softcap)
+    chunks = {name: flags[name] for name in ("TILE", "HEAD_DIM", "D0", "D1")}
+    inputs = (query, key, value, grad_out)
+    strides = [stride for x in inputs for stride in x.stride()[:3]]
+    with torch.cuda.device_of(query):
+        kernels._bwd_preprocess_kernel[batch * heads, n * (TILE // ROWS)](
+            out,
+            grad_out,
+            lse,
+            grad_lse,
+            lse2,
+            delta,
+            *grad_out.stride()[:3],
+            heads,
+            tokens,
+            HAS_GRAD_LSE=grad_lse is not None,
+            **chunks,
+            BLOCK_M=ROWS,
+            num_warps=4,
+        )
+        config = _config("dkdv", query)
+        kernels._bwd_dkdv_kernel[batch * kv_heads, 2 * n * (TILE // config.block_n)](
+            *inputs,
+            lse2,
+            delta,
+            grad_key,
+            grad_value,
+            *work,
+            expiry,
+            floor,
+            col_offsets,
+            col_partial,
+            col_tiles,
+            *items,
+            *strides,
+            heads,
+            tokens,
+            plan_step,
+            pre,
+            post,
+            scale,
+            **flags,
+            **_blocks(config),
+            **_options(config),
+        )
+        kernels._bwd_sum_kernel[batch * kv_heads, n * (TILE // ROWS)](
+            *work,
+            grad_key,
+            grad_value,
+            col_first_slot,
+            col_slots,
+            kv_heads,
+            tokens,
+            plan_step,
+            **chunks,
+            BLOCK_N=ROWS,
+            num_warps=4,
+        )
+        config = _config("dq", query)
+        kernels._bwd_dq_kernel[batch * heads, n * (TILE // config.block_m)](
+            *inputs,
+            lse2,
+            delta,
+            grad_query,
+            expiry,
+            floor,
+            *rows,
+            *strides,
+            heads,
+            tokens,
+            plan_step,
+            pre,
+            post,
+            scale,
+            **flags,
+            **_blocks(config),
+            **_options(config),
+        )
+    return grad_query, grad_key, grad_value
