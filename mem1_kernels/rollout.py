@@ -1,0 +1,453 @@
+"""Turn-by-turn generation on a cache that is pruned as the retention policy says.
+
+A rollout and a training step must compute the same function. So a `Rollout` carries the layout
+that reproduces it, `collate` packs rollouts for a trainer, and `score` gives the log-probs that the
+trainer will see: equal to those that were sampled from, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mem1_kernels.block_plan import BlockPlan
+from mem1_kernels.hf import TrajectoryCache, patched
+from mem1_kernels.trajectory import (
+    Layout,
+    Retention,
+    Segment,
+    Trajectory,
+    mem1,
+    pack,
+    retained,
+    unroll,
+)
+
+
+@dataclass
+class Turn:
+    """What one row wrote in one turn.
+
+    row: which prompt it belongs to; number: from 1; token_ids: what was sampled, the stop included;
+    closed: whether a stop ended it, and not the token limit.
+    """
+
+    row: int
+    number: int
+    token_ids: list[int]
+    closed: bool
+
+
+@dataclass
+class Rollout:
+    """One finished trajectory.
+
+    Attributes:
+        trajectory: all its tokens, under the policy that pruned it.
+        log_probs: float32 `[tokens]`, of each generated token when it was sampled (at the rollout's
+            temperature); 0 elsewhere.
+        positions: "kept" or "reprefill", the form that the rollout computed.
+        peak_tokens: the most tokens its cache row held.
+        turns: what was generated, turn by turn.
+    """
+
+    trajectory: Trajectory
+    log_probs: Tensor
+    positions: Literal["kept", "reprefill"]
+    peak_tokens: int
+    turns: list[Turn]
+
+    @property
+    def layout(self) -> Layout:
+        """The layout whose forward pass computes what this rollout computed."""
+        return self.trajectory if self.positions == "kept" else unroll(self.trajectory)
+
+
+Respond = Callable[[Sequence[Turn]], Sequence["Sequence[int] | None"]]
+"""The world's side: for each turn just written, the observation's token ids (perhaps none at all),
+or None where the episode is over."""
+
+
+class TrajectoryRollout:
+    """Drives a causal LM through turns, a batch of ragged rows at once, on a pruned cache.
+
+    Args:
+        model: a transformers causal LM. It is patched while `run` runs and is otherwise untouched.
+        retention: which segment drops which; what it says of the past must not change as segments
+            are added, and it must drop between turns, not inside one (both are checked).
+        positions: "kept" prunes the cache and lets positions go on counting; "reprefill" sends the
+            live text behind the prompt again at compact positions, as an engine without pruning
+            does. `Rollout.layout` is the right training form for either.
+        max_turns: turns after which a row ends.
+        max_new_tokens: tokens after which a turn is cut (`Turn.closed` is False then).
+        stop_ids: token ids that end a turn (they belong to it).
+        stop_strings: texts that end a turn; needs `tokenizer`.
+        tokenizer: anything with `decode(ids) -> str`, for stop_strings only.
+        state_tokens: how many of a turn's ids are its state, the rest being its action; all of them
+            are action unless told. It matters only to policies that treat the two differently.
+        temperature: of sampling; 0 is greedy (log-probs are then those at temperature 1).
+        capacity: slots of a cache row; it grows if None and raises if it does not suffice.
+        ordered: keep the slots' order when pruning.
+
+    Raises:
+        ValueError: an argument out of its range, or stop_strings without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        retention: Retention = mem1,
+        positions: Literal["kept", "reprefill"] = "kept",
+        max_turns: int = 20,
+        max_new_tokens: int = 256,
+        stop_ids: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        tokenizer: Any = None,
+        state_tokens: Callable[[list[int]], int] | None = None,
+        temperature: float = 1.0,
+        capacity: int | None = None,
+        ordered: bool = False,
+    ) -> None:
+        if positions not in ("kept", "reprefill"):
+            raise ValueError(f"positions: expected 'kept' or 'reprefill', got {positions!r}")
+        for name, value in (("max_turns", max_turns), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if temperature < 0:
+            raise ValueError(f"temperature: expected 0 or more, got {temperature}")
+        if stop_strings and tokenizer is None:
+            raise ValueError("stop_strings: need a tokenizer, got none")
+        self.model = model
+        self.retention = retention
+        self.positions = positions
+        self.max_turns = max_turns
+        self.max_new_tokens = max_new_tokens
+        self.stop_ids = frozenset(stop_ids)
+        self.stop_strings = tuple(stop_strings)
+        self.tokenizer = tokenizer
+        self.state_tokens = state_tokens
+        self.temperature = temperature
+        self.capacity = capacity
+        self.ordered = ordered
+
+    @torch.no_grad()
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        respond: Respond,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> list[Rollout]:
+        """Runs every prompt to its end and returns a Rollout for each, in order.
+
+        Args:
+            prompts: token ids of each row's prompt, none of them empty.
+            respond: called after each turn with the rows that are still going.
+            generator: for sampling; torch's default one unless given.
+
+        Raises:
+            ValueError: no prompts or an empty one, replies for the wrong number of rows, or a
+                policy that drops inside a turn or takes back a drop.
+        """
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise ValueError("prompts: expected at least one, and none of them empty")
+        rows = [_Row(index, list(prompt)) for index, prompt in enumerate(prompts)]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with patched(self.model):
+                driver = _Driver(self, rows)
+                active = rows
+                for number in range(1, self.max_turns + 1):
+                    for row in active:
+                        driver.drop_before(row, Segment("state", 0, number))
+                    driver.feed()
+                    self._write_turn(driver, active, number, generator)
+                    active = self._observe(driver, active, respond, last=number == self.max_turns)
+                    if not active:
+                        break
+        finally:
+            self.model.train(was_training)
+        return [self._finish(row) for row in rows]
+
+    def _write_turn(
+        self,
+        driver: _Driver,
+        active: Sequence[_Row],
+        number: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        writing = list(active)
+        for row in active:
+            row.turns.append(Turn(row.index, number, [], closed=False))
+        for _ in range(self.max_new_tokens):
+            if not writing:
+                break
+            logits = torch.stack([row.logits for row in writing])
+            tokens, log_probs = _sample(logits, self.temperature, generator)
+            still: list[_Row] = []
+            for row, token, log_prob in zip(
+                writing, tokens.tolist(), log_probs.tolist(), strict=True
+            ):
+                turn = row.turns[-1]
+                turn.token_ids.append(token)
+                row.log_probs.append(log_prob)
+                row.pending.append(token)
+                turn.closed = self._stops(turn.token_ids)
+                if not turn.closed:
+                    still.append(row)
+            driver.feed()
+            writing = still
+        for row in active:
+            ids = row.turns[-1].token_ids
+            state = self.state_tokens(list(ids)) if self.state_tokens else 0
+            if not 0 <= state <= len(ids):
+                raise ValueError(f"state_tokens: expected 0 to {len(ids)}, got {state}")
+            row.segments += [
+                Segment("state", ids[:state], number),
+                Segment("action", ids[state:], number),
+            ]
+
+    def _observe(
+        self, driver: _Driver, active: Sequence[_Row], respond: Respond, *, last: bool
+    ) -> list[_Row]:
+        replies = respond([row.turns[-1] for row in active])
+        if len(replies) != len(active):
+            raise ValueError(f"respond: expected {len(active)} replies, got {len(replies)}")
+        going = []
+        for row, reply in zip(active, replies, strict=True):
+            if reply is None or last:
+                driver.retire(row)
+                continue
+            info = Segment("info", [int(token) for token in reply], row.turns[-1].number)
+            driver.drop_before(row, info)
+            row.segments.append(info)
+            row.pending += info.ids or ()
+            going.append(row)
+        driver.feed()
+        return going
+
+    def _stops(self, ids: list[int]) -> bool:
+        if ids[-1] in self.stop_ids:
+            return True
+        if not self.stop_strings:
+            return False
+        # A token holds at least one byte, so this many tokens reach behind the longest stop.
+        reach = max(len(stop.encode()) for stop in self.stop_strings)
+        tail = self.tokenizer.decode(ids[-reach:])
+        return any(stop in tail for stop in self.stop_strings)
+
+    def _finish(self, row: _Row) -> Rollout:
+        trajectory = Trajectory(row.segments, self.retention)
+        expires, _ = retained(row.segments, self.retention)
+        for index, (said, done) in enumerate(zip(expires, row.dropped_at, strict=False)):
+            if (done or len(row.segments)) != said:
+                raise ValueError(
+                    f"retention: segment {index} of row {row.index} expires at segment {said}, but "
+                    f"the rollout dropped it at {done or 'none'}: a policy must drop between turns "
+                    "and never change what it said of earlier drops"
+                )
+        log_probs = torch.zeros(trajectory.num_tokens)
+        log_probs[trajectory.loss_mask] = torch.tensor(row.log_probs)
+        return Rollout(trajectory, log_probs, self.positions, row.peak_tokens, row.turns)
+
+
+@dataclass
+class _Row:
+    """A row in flight. `pending` are ids not yet in the cache; `logits` predict the next token."""
+
+    index: int
+    prompt: list[int]
+    segments: list[Segment] = field(init=False)
+    dropped_at: list[int] = field(default_factory=list)
+    pending: list[int] = field(init=False)
+    log_probs: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    logits: Tensor = field(init=False)
+    next_position: int = 0
+    peak_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.segments = [Segment("prompt", self.prompt)]
+        self.pending = list(self.prompt)
+
+
+class _Driver:
+    """The model-facing half: one cache, ragged feeds, drops."""
+
+    def __init__(self, rollout: TrajectoryRollout, rows: Sequence[_Row]) -> None:
+        self.rollout = rollout
+        self.rows = rows
+        self.model = rollout.model
+        self.device = next(self.model.parameters()).device
+        self.cache = TrajectoryCache(
+            self.model, batch_size=len(rows), capacity=rollout.capacity, ordered=rollout.ordered
+        )
+
+    def feed(self) -> None:
+        """Puts every row's pending tokens into the cache and keeps each row's last logits."""
+        counts = torch.tensor([len(row.pending) for row in self.rows])
+        width = int(counts.max())
+        if width == 0:
+            return
+        token_ids = torch.zeros(len(self.rows), width, dtype=torch.int64)
+        positions = torch.zeros_like(token_ids)
+        for row in self.rows:
+            count = len(row.pending)
+            token_ids[row.index, :count] = torch.tensor(row.pending, dtype=torch.int64)
+            positions[row.index] = row.next_position + torch.arange(width).clamp(
+                max=max(count - 1, 0)
+            )
+        last, where = torch.unique(counts.clamp(min=1) - 1, return_inverse=True)
+        self.cache.expect(counts.to(self.device))
+        logits = self.model(
+            input_ids=token_ids.to(self.device),
+            position_ids=positions.to(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=last.to(self.device),
+        ).logits.float()
+        held = self.cache.lengths.tolist()
+        for row in self.rows:
+            if row.pending:
+                row.logits = logits[row.index, where[row.index]]
+                row.next_position += len(row.pending)
+                row.pending = []
+                row.peak_tokens = max(row.peak_tokens, held[row.index])
+
+    def drop_before(self, row: _Row, upcoming: Segment) -> None:
+        """Drops from the row's cache what `upcoming` and all after it no longer see."""
+        expires, _ = retained([*row.segments, upcoming], self.rollout.retention)
+        index = len(row.segments)
+        row.dropped_at += [0] * (index - len(row.dropped_at))
+        fresh = [
+            past for past in range(index) if expires[past] <= index and not row.dropped_at[past]
+        ]
+        for past in fresh:
+            row.dropped_at[past] = index
+        fresh = [past for past in fresh if row.segments[past].num_tokens]
+        if not fresh:
+            return
+        if self.rollout.positions == "kept":
+            tokens = sum(segment.num_tokens for segment in row.segments)
+            alive = torch.zeros(tokens, dtype=torch.bool)
+            begin = 0
+            for segment, dropped in zip(row.segments, row.dropped_at, strict=True):
+                alive[begin : begin + segment.num_tokens] = not dropped
+                begin += segment.num_tokens
+            self._prune(row, alive)
+        else:
+            # Only the prompt's keys are those of a fresh prefill; its last token is sent again too,
+            # in case nothing else is and its logits are needed.
+            begin = len(row.prompt) - 1
+            self._prune(row, torch.arange(row.next_position) < begin)
+            row.next_position = begin
+            row.pending = row.prompt[begin:] + [
+                token
+                for segment, dropped in zip(row.segments, row.dropped_at, strict=True)
+                if segment.role != "prompt" and not dropped
+                for token in segment.ids or ()
+            ]
+
+    def retire(self, row: _Row) -> None:
+        """Empties a finished row's cache."""
+        row.pending = []
+        self._prune(row, torch.zeros(max(row.next_position, 1), dtype=torch.bool))
+
+    def _prune(self, row: _Row, alive: Tensor) -> None:
+        """Keeps those of the row's slots whose position `alive` marks, and all of the others'."""
+        keep = torch.ones_like(self.cache.positions, dtype=torch.bool)
+        positions = self.cache.positions[row.index].clamp(0, len(alive) - 1).long()
+        keep[row.index] = alive.to(keep.device)[positions]
+        self.cache.prune_(keep=keep)
+
+
+def _sample(
+    logits: Tensor, temperature: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens `[rows]` drawn from `[rows, vocabulary]` logits, and their log-probs."""
+    log_probs = torch.log_softmax(logits / (temperature or 1.0), 1)
+    if temperature == 0:
+        tokens = logits.argmax(1)
+    else:
+        tokens = torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
+    return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
+
+
+def collate(
+    rollouts: Sequence[Rollout | Sequence[Rollout]],
+    *,
+    positions: Literal["kept", "reprefill"] | None = None,
+) -> tuple[Layout, Tensor]:
+    """Packs rollouts for one training pass; a sequence among them is a group behind one prompt.
+
+    Args:
+        rollouts: all of one form of positions; each is laid out as it was computed.
+        positions: the form that the trainer is set up for, to be held against the rollouts'.
+
+    Returns:
+        The layout and its sampled log-probs, float32 `[tokens]` (0 where nothing was sampled).
+
+    Raises:
+        ValueError: nothing to pack, rollouts of two forms, or of another form than `positions`:
+            their log-probs differ by whole units, so training would be off-policy.
+    """
+    flat: list[Rollout] = []
+    for item in rollouts:
+        flat += [item] if isinstance(item, Rollout) else item
+    forms = {rollout.positions for rollout in flat}
+    if len(forms) != 1:
+        raise ValueError(f"rollouts: expected positions of one form, got {sorted(forms) or 'none'}")
+    if positions is not None and forms != {positions}:
+        raise ValueError(
+            f"rollouts: their positions are {forms.pop()!r}, the trainer's {positions!r}; "
+            "that pairing is off-policy"
+        )
+    layout = pack(
+        [
+            item.layout if isinstance(item, Rollout) else [member.layout for member in item]
+            for item in rollouts
+        ]
+    )
+    sampled = torch.cat([rollout.log_probs for rollout in flat])[layout.source]
+    return layout, sampled.masked_fill(~layout.loss_mask, 0)
+
+
+def score(model: Any, layout: Layout, *, temperature: float = 1.0) -> Tensor:
+    """Log-probs of a layout's generated tokens in one masked forward pass; differentiable.
+
+    Args:
+        model: a transformers causal LM, patched for the call if it is not.
+        layout: with token ids; from `collate`, `pack`, `unroll` or a Trajectory.
+        temperature: the rollout's (0 counts as 1, as there).
+
+    Returns:
+        float32 `[tokens]`, 0 where nothing was generated.
+
+    Raises:
+        ValueError: the layout has no token ids, or a generated token that nothing predicts.
+    """
+    if layout.token_ids is None:
+        raise ValueError("layout: has no token ids; its segments were given as counts")
+    generated = layout.loss_mask.nonzero().flatten()
+    before = layout.predecessor[generated]
+    if bool((before < 0).any()):
+        raise ValueError("layout: its first token is generated, but nothing predicts it")
+    device = next(model.parameters()).device
+    plan = BlockPlan.from_expiry(layout.expiry, layout.floor).to(device)
+    with patched(model):
+        logits = model(
+            input_ids=layout.token_ids[None].to(device),
+            position_ids=layout.position_ids[None].to(device),
+            plan=plan,
+            use_cache=False,
+            logits_to_keep=before.to(device),
+        ).logits[0]
+    log_probs = torch.log_softmax(logits.float() / (temperature or 1.0), 1)
+    picked = log_probs.gather(1, layout.token_ids[generated].to(device)[:, None])[:, 0]
+    return picked.new_zeros(layout.num_tokens).index_put((generated.to(device),), picked)

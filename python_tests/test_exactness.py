@@ -1,0 +1,265 @@
+"""The centre of the suite: what a rollout sampled is what training computes.
+
+Tiny random models of four families; ragged rows of one to twelve turns; every policy; pruning by
+holes and in order; kept and re-prefilled positions.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from mem1_kernels import fold, keep_all, keep_last, mem1, mem1_release, pack, unroll
+from mem1_kernels.hf import patched
+from mem1_kernels.rollout import Rollout, TrajectoryRollout, collate, score
+
+VOCABULARY = 60
+STOP = 3
+
+FAMILIES = {
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 16}),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        transformers.Gemma3ForCausalLM,
+        {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},
+    ),
+}
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32):
+    config_class, model_class, extra = FAMILIES[family]
+    torch.manual_seed(1)
+    config = config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3 if family == "gemma3" else 2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        **(
+            {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+            if family == "gemma3"
+            else {}
+        ),
+        **extra,
+    )
+    return model_class(config).to(dtype).eval()
+
+
+class World:
+    """Answers with seeded observations, some of them empty; ends row r after its own last turn."""
+
+    def __init__(self, last_turns: list[int], seed: int = 0) -> None:
+        self.last_turns = last_turns
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, turns):
+        replies = []
+        for turn in turns:
+            length = int(torch.randint(0, 14, (), generator=self.generator))
+            ids = torch.randint(4, VOCABULARY, (length,), generator=self.generator).tolist()
+            done = turn.number >= self.last_turns[turn.row]
+            replies.append(None if done else [] if turn.number % 4 == 3 else ids)
+        return replies
+
+
+PROMPTS = [[5, 9, 11, 7, 30, 8], [6, 7], list(range(10, 27)), [40]]
+LAST_TURNS = [12, 1, 5, 3]
+
+
+def run(model, seed: int = 0, **options) -> list[Rollout]:
+    options = {"max_turns": 12, "max_new_tokens": 9, "stop_ids": [STOP], **options}
+    driver = TrajectoryRollout(model, state_tokens=lambda ids: len(ids) // 2, **options)
+    generator = torch.Generator().manual_seed(seed)
+    return driver.run(PROMPTS, World(LAST_TURNS, seed), generator=generator)
+
+
+def largest_difference(model, rollouts: list[Rollout], temperature: float = 1.0) -> float:
+    layout, sampled = collate(rollouts)
+    with torch.no_grad():
+        return float((score(model, layout, temperature=temperature) - sampled).abs().max())
+
+
+POLICIES = {"mem1": mem1, "keep_last": keep_last(2), "keep_all": keep_all, "fold": fold}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_rollout_equals_training(family, policy, positions, record_property):
+    model = make_model(family)
+    rollouts = run(model, retention=POLICIES[policy], positions=positions)
+    assert [len(rollout.turns) for rollout in rollouts] == LAST_TURNS
+    difference = largest_difference(model, rollouts)
+    record_property("largest_difference", difference)
+    assert difference <= 2e-5
+    for rollout in rollouts:
+        assert rollout.log_probs.ne(0).sum() == rollout.trajectory.loss_mask.sum()
+
+
+@pytest.mark.parametrize("options", [{"ordered": True}, {"temperature": 0}, {"temperature": 0.7}])
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_ordered_pruning_and_temperatures(options, positions):
+    model = make_model("qwen2")
+    rollouts = run(model, positions=positions, **options)
+    assert largest_difference(model, rollouts, options.get("temperature", 1.0)) <= 2e-5
+
+
+def test_greedy_rollout_is_the_same_ordered_or_not():
+    model = make_model("gemma3")
+    holes, ordered = (run(model, temperature=0, ordered=ordered) for ordered in (False, True))
+    for a, b in zip(holes, ordered, strict=True):
+        assert torch.equal(a.trajectory.token_ids, b.trajectory.token_ids)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_bf16_is_as_exact_as_the_models_own_decoding(family):
+    """No larger than the difference between this model's prefill and its step-by-step decode."""
+    model = make_model(family, torch.bfloat16)
+    rollouts = run(model)
+    own = 0.0
+    for rollout in rollouts:
+        ids = rollout.trajectory.token_ids[None]
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits[0].float().log_softmax(1)
+            cache = transformers.DynamicCache(config=model.config)
+            for token in range(ids.shape[1]):
+                step = model(ids[:, token : token + 1], past_key_values=cache).logits[0, 0]
+                own = max(own, float((step.float().log_softmax(0) - whole[token]).abs().max()))
+    assert largest_difference(model, rollouts) <= own
+
+
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_context_never_exceeds_the_trajectorys_peak(positions):
+    rollouts = run(make_model("qwen2"), positions=positions)
+    for rollout in rollouts:
+        assert rollout.peak_tokens <= rollout.trajectory.peak_context
+    longest = rollouts[0]
+    assert longest.peak_tokens < longest.trajectory.num_tokens / 2
+
+
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_a_group_behind_one_prompt_scores_the_same(positions):
+    model = make_model("qwen2")
+    driver = TrajectoryRollout(
+        model, positions=positions, max_turns=4, max_new_tokens=6, stop_ids=[STOP]
+    )
+    rollouts = driver.run(
+        [PROMPTS[0]] * 3, World([4, 2, 3]), generator=torch.Generator().manual_seed(0)
+    )
+    layout, sampled = collate([rollouts])
+    assert layout.num_tokens < collate(rollouts)[0].num_tokens
+    with torch.no_grad():
+        assert float((score(model, layout) - sampled).abs().max()) <= 2e-5
+
+
+def test_the_wrong_pairing_differs_and_is_refused():
+    model = make_model("qwen2")
+    kept, sent_again = run(model), run(model, positions="reprefill")
+    with torch.no_grad():
+        for rollouts, wrong in (
+            (kept, [unroll(rollout.trajectory) for rollout in kept]),
+            (sent_again, [rollout.trajectory for rollout in sent_again]),
+        ):
+            layout = pack(wrong)
+            sampled = torch.cat([rollout.log_probs for rollout in rollouts])[layout.source]
+            difference = (score(model, layout) - sampled)[layout.loss_mask].abs().max()
+            assert difference > 0.05
+    with pytest.raises(ValueError, match="their positions are 'reprefill', the trainer's 'kept'"):
+        collate(sent_again, positions="kept")
+    with pytest.raises(ValueError, match="positions of one form"):
+        collate([kept[0], sent_again[1]])
+
+
+def test_the_wrong_policy_differs():
+    """Scored under full context or under the released mask, the same tokens get other log-probs."""
+    model = make_model("qwen2")
+    rollout = run(model)[0]
+    from mem1_kernels import Trajectory
+
+    for wrong in (keep_all, mem1_release):
+        layout = Trajectory(rollout.trajectory.segments, wrong)
+        with torch.no_grad():
+            difference = (score(model, layout) - rollout.log_probs)[layout.loss_mask].abs().max()
+        assert difference > 0.05
+
+
+def test_stop_strings_end_a_turn():
+    class Tokenizer:
+        def decode(self, ids):
+            return "".join(chr(96 + i) for i in ids)
+
+    model = make_model("qwen2")
+    rollouts = TrajectoryRollout(
+        model,
+        max_turns=3,
+        max_new_tokens=30,
+        stop_strings=[chr(96 + 7), chr(96 + 9)],
+        tokenizer=Tokenizer(),
+    ).run(PROMPTS, World([3] * 4), generator=torch.Generator().manual_seed(0))
+    for rollout in rollouts:
+        for turn in rollout.turns:
+            assert (turn.token_ids[-1] in (7, 9)) == turn.closed
+            assert not {7, 9} & set(turn.token_ids[:-1])
+
+
+def test_the_model_is_left_as_it_was():
+    model = make_model("qwen2").train()
+    ids = torch.tensor([PROMPTS[0]])
+    before = model(ids).logits
+    run(model)
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_scores_are_differentiable():
+    model = make_model("qwen2")
+    layout, _ = collate(run(model))
+    score(model, layout).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with patched(model):
+        score(model, layout)
+
+
+def test_a_policy_that_takes_back_a_drop_is_refused():
+    def fickle(segments):
+        end = len(segments)
+        late = end > 8
+        return [
+            index + 1 if s.role == "info" and not late and index + 1 < end else end
+            for index, s in enumerate(segments)
+        ]
+
+    with pytest.raises(ValueError, match="never change what it said of earlier drops"):
+        run(make_model("qwen2"), retention=fickle)
+
+
+ERRORS = {
+    "positions: expected 'kept' or 'reprefill', got 'compact'": {"positions": "compact"},
+    "max_turns: expected at least 1, got 0": {"max_turns": 0},
+    "max_new_tokens: expected at least 1, got 0": {"max_new_tokens": 0},
+    "temperature: expected 0 or more, got -1": {"temperature": -1},
+    "stop_strings: need a tokenizer": {"stop_strings": ["a"]},
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(message):
+    with pytest.raises(ValueError, match=message):
+        TrajectoryRollout(make_model("qwen2"), **ERRORS[message])
+
+
+def test_run_errors():
+    driver = TrajectoryRollout(make_model("qwen2"), max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompts: expected at least one"):
+        driver.run([], World([]))
+    with pytest.raises(ValueError, match="prompts: expected at least one, and none of them empty"):
+        driver.run([[1], []], World([1, 1]))
+    with pytest.raises(ValueError, match="respond: expected 1 replies, got 2"):
+        driver.run([[1]], lambda turns: [None, None])
