@@ -141,8 +141,8 @@ def _next_tile(tiles_ptr, step, count, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _fwd_step(q, k, v, acc, m, l, pre, post, seen, HAS_SOFTCAP: tl.constexpr):
-    """One block of keys into the running maximum m (log2 units), sum l and output of each row."""
+def _fwd_step(q, k, v, acc, m, z, pre, post, seen, HAS_SOFTCAP: tl.constexpr):
+    """One block of keys into the running maximum m (log2 units), sum z and output of each row."""
     y = _scores(q, k, pre, HAS_SOFTCAP)
     if seen is not None:
         y = tl.where(seen, y, float("-inf"))
@@ -152,11 +152,11 @@ def _fwd_step(q, k, v, acc, m, l, pre, post, seen, HAS_SOFTCAP: tl.constexpr):
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(y * post - base[:, None])
     shrink = tl.exp2(m - base)
-    l = l * shrink + tl.sum(p, 1)
-    return _add_dot(_scaled(acc, shrink[:, None]), p, v), m_new, l
+    z = z * shrink + tl.sum(p, 1)
+    return _add_dot(_scaled(acc, shrink[:, None]), p, v), m_new, z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tokens", "plan_step"])
 def _fwd_kernel(
     q_ptr,
     k_ptr,
@@ -225,7 +225,7 @@ def _fwd_kernel(
     q = _load_rows(q_ptr, offs_m, stride_qt, rows < tokens, HEAD_DIM, D0, D1)
     acc = _zeros(BLOCK_M, D0, D1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    z = tl.zeros([BLOCK_M], tl.float32)
 
     tile = _next_tile(row_tiles_ptr, 0, count, 1)
     offs_p = tl.arange(0, PART)
@@ -239,28 +239,28 @@ def _fwd_kernel(
         k = _load_rows(k_block, offs_p, stride_kt, expiry > keys, HEAD_DIM, D0, D1)
         v = _load_rows(v_block, offs_p, stride_vt, expiry > keys, HEAD_DIM, D0, D1)
         seen = _visible(rows[:, None], keys[None, :], expiry[None, :], floor[:, None], HAS_FLOOR)
-        acc, m, l = _fwd_step(q, k, v, acc, m, l, pre, post, seen, HAS_SOFTCAP)
+        acc, m, z = _fwd_step(q, k, v, acc, m, z, pre, post, seen, HAS_SOFTCAP)
     offs_n = tl.arange(0, BLOCK_N)
     for step in tl.range(partial * SUB_N, count * SUB_N):
         start = (tile * TILE + step % SUB_N * BLOCK_N).to(tl.int64)
         tile = _next_tile(row_tiles_ptr, step + 1, count, SUB_N)
         k = _load_rows(k_ptr + start * stride_kt, offs_n, stride_kt, None, HEAD_DIM, D0, D1)
         v = _load_rows(v_ptr + start * stride_vt, offs_n, stride_vt, None, HEAD_DIM, D0, D1)
-        acc, m, l = _fwd_step(q, k, v, acc, m, l, pre, post, None, HAS_SOFTCAP)
+        acc, m, z = _fwd_step(q, k, v, acc, m, z, pre, post, None, HAS_SOFTCAP)
 
     # Read again, so that the addresses of the output occupy no registers during the loops.
     first = tl.load(row_order_ptr + plan * n + slot // SUB_M) * TILE + slot % SUB_M * BLOCK_M
     rows = first + offs_m
-    blind = l == 0.0
-    l = tl.where(blind, 1.0, l)
-    lse = tl.where(blind, float("-inf"), (m + tl.log2(l)) * LN2)
+    blind = z == 0.0
+    z = tl.where(blind, 1.0, z)
+    lse = tl.where(blind, float("-inf"), (m + tl.log2(z)) * LN2)
     tl.store(lse_ptr + lane * tokens + rows, lse, mask=rows < tokens)
     out_ptr += ((b * tokens + first) * heads + h) * HEAD_DIM
-    acc = _scaled(acc, (1.0 / l)[:, None])
+    acc = _scaled(acc, (1.0 / z)[:, None])
     _store_rows(out_ptr, offs_m, heads * HEAD_DIM, rows < tokens, acc, HEAD_DIM, D0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tokens"])
 def _bwd_preprocess_kernel(
     out_ptr,
     do_ptr,
@@ -310,7 +310,7 @@ def _bwd_preprocess_kernel(
 def _dkdv_step(
     k, v, q, do, dk, dv, lse2_ptrs, delta_ptrs, pre, post, seen, HAS_SOFTCAP: tl.constexpr
 ):
-    """One block of queries into dK (before scale) and dV; scores are transposed, [keys, queries]."""
+    """One block of queries into dK (before scale) and dV; scores are [keys, queries] here."""
     y = _scores(k, q, pre, HAS_SOFTCAP)
     dp = _dot_nt(v, do)
     p = tl.exp2(y * post - tl.load(lse2_ptrs)[None, :])
@@ -320,7 +320,7 @@ def _dkdv_step(
     return _add_dot(dk, ds, q), _add_dot(dv, p, do)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tokens", "plan_step"])
 def _bwd_dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -463,7 +463,7 @@ def _bwd_dkdv_kernel(
         _store_rows(work_dv_ptr + at, offs_n, HEAD_DIM, keep, dv, HEAD_DIM, D0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "tokens", "plan_step"])
 def _bwd_sum_kernel(
     work_dk_ptr,
     work_dv_ptr,
@@ -480,7 +480,7 @@ def _bwd_sum_kernel(
     D1: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dK and dV of BLOCK_N keys of a split column: the sum of its pieces, always in the same order."""
+    """dK and dV of BLOCK_N keys of a split column: its pieces, summed in a fixed order."""
     SUB_N: tl.constexpr = TILE // BLOCK_N
     n = tl.cdiv(tokens, TILE)
     column = tl.program_id(1) // SUB_N
@@ -527,7 +527,7 @@ def _dq_step(q, do, k, v, dq, lse2, delta, pre, post, seen, HAS_SOFTCAP: tl.cons
     return _add_dot(dq, _score_grads(p, y, dp, delta[:, None], HAS_SOFTCAP), k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tokens", "plan_step"])
 def _bwd_dq_kernel(
     q_ptr,
     k_ptr,
