@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 from torch import Tensor
 
@@ -18,10 +17,10 @@ def check_disjoint(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     allocation are told apart where their strides nest, as those of views do.
     """
     names = [*written, *read]
-    blocks = tuple(
+    blocks = [
         (x.data_ptr(), x.element_size(), tuple(x.shape), tuple(x.stride()))
         for x in (*written.values(), *read.values())
-    )
+    ]
     clash = _first_overlap(blocks, len(written))
     if clash is None:
         return
@@ -53,10 +52,7 @@ class _Extent:
         self.dims = dims[::-1]
 
 
-# The answer depends on nothing but addresses and strides, so a cache that is pruned again and again
-# is examined once.
-@lru_cache(maxsize=256)
-def _first_overlap(blocks: tuple[_Block, ...], written: int) -> tuple[int, int] | None:
+def _first_overlap(blocks: Sequence[_Block], written: int) -> tuple[int, int] | None:
     extents = {i: _Extent(block) for i, block in enumerate(blocks) if 0 not in block[2]}
     open_extents: list[int] = []
     for i in sorted(extents, key=lambda i: extents[i].start):

@@ -72,23 +72,20 @@ def prune_kv_(
     (tensor([0., 3., 4.]), tensor([3], dtype=torch.int32))
     """
     slots = list(slots or ())
-    _check_rows("lengths", lengths, keep)
-    batch, capacity = keep.shape
-    layout = "[batch, kv_heads, capacity, head_dim]"
-    written = _check_layers(keys, values, keep, layout, {0: batch, 2: capacity})
-    written |= _check_slots(slots, keep, (batch, capacity), "(batch, capacity)")
-    written["lengths"] = lengths
-    read = {"keep": keep}
     if (position_delta is None) != (rope is None):
         missing = "rope" if rope is None else "position_delta"
         raise ValueError(f"{missing}: position_delta and rope go together, got only one of them")
-    steps: list[Tensor] = []
-    if rope is not None and position_delta is not None:
-        _check_rotation(keys, rope, position_delta, keep)
-        steps = rope.steps
-        read["position_delta"] = position_delta
-    _check_memory(written, read)
-    _check_range(lengths, capacity)
+    if rope is not None and not isinstance(rope, Rope):
+        raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
+    steps = [] if rope is None else rope.steps
+    delta = () if position_delta is None else (position_delta,)
+    signature = _signature(
+        ("dense", len(keys), len(values), len(steps)),
+        (*keys, *values, *slots, lengths, keep, *steps, *delta),
+    )
+    if signature not in _checked:
+        _check_dense(keys, values, lengths, keep, slots, position_delta, steps)
+        _remember(signature)
     torch.ops.mem1.prune_kv_(
         list(keys),
         list(values),
@@ -100,7 +97,7 @@ def prune_kv_(
         steps,
         rope is not None and rope.layout == "interleaved",
     )
-    _mark_written(written)
+    _mark_written(*keys, *values, *slots, lengths)
 
 
 def prune_paged_kv_(
@@ -171,36 +168,21 @@ def prune_paged_kv_(
     if layout not in ("NHD", "HND"):
         raise ValueError(f"layout: expected 'NHD' or 'HND', got {layout!r}")
     slots = list(slots or ())
-    _check_rows("lengths", lengths, keep)
-    batch = keep.shape[0]
-    if not keys:
-        raise ValueError("keys: expected at least one layer, got none")
-    _check_tensor("keys[0]", keys[0], 4, "[pages, page_size, kv_heads, head_dim]")
-    slot_dim = 1 if layout == "NHD" else 2
-    pages, page_size = keys[0].shape[0], keys[0].shape[slot_dim]
-    if page_size == 0:
-        raise ValueError("keys[0]: expected a page size of at least 1, got 0")
-    names = "page_size, kv_heads" if layout == "NHD" else "kv_heads, page_size"
-    written = _check_layers(
-        keys, values, keep, f"[pages, {names}, head_dim]", {0: pages, slot_dim: page_size}
+    optional = [x for x in (page_refs, freed, freed_counts) if x is not None]
+    given = (page_refs is None, freed is None, freed_counts is None)
+    signature = _signature(
+        (layout, len(keys), len(values), given),
+        (*keys, *values, *slots, block_table, lengths, keep, *optional),
     )
-    written |= _check_slots(slots, keep, (pages, page_size), "(pages, page_size)")
-    _check_int32("block_table", block_table, keep, (batch, None), "(batch, max_pages)")
-    max_pages = block_table.shape[1]
-    read = {"keep": keep}
-    if page_refs is not None:
-        _check_int32("page_refs", page_refs, keep, (pages,), "(pages)")
-        read["page_refs"] = page_refs
+    if signature not in _checked:
+        _check_paged(
+            keys, values, block_table, lengths, keep, layout, page_refs, slots, freed, freed_counts
+        )
+        _remember(signature)
     if freed is None:
         freed = torch.empty_like(block_table, memory_format=torch.contiguous_format)
     if freed_counts is None:
         freed_counts = torch.empty_like(lengths)
-    _check_int32("freed", freed, keep, (batch, max_pages), "(batch, max_pages)")
-    _check_int32("freed_counts", freed_counts, keep, (batch,), "(batch)")
-    written |= {"block_table": block_table, "lengths": lengths}
-    written |= {"freed": freed, "freed_counts": freed_counts}
-    _check_memory(written, read)
-    _check_range(lengths, min(keep.shape[1], max_pages * page_size))
     if layout == "HND":
         keys, values = ([x.transpose(1, 2) for x in xs] for xs in (keys, values))
     torch.ops.mem1.prune_paged_kv_(
@@ -214,8 +196,93 @@ def prune_paged_kv_(
         freed,
         freed_counts,
     )
-    _mark_written(written)
+    _mark_written(*keys, *values, *slots, block_table, lengths, freed, freed_counts)
     return freed, freed_counts
+
+
+# What the checks look at, of calls that passed them: a cache that is pruned again is checked once.
+_checked: dict[tuple, None] = {}
+_MOST_CHECKED = 256
+
+
+def _signature(call: tuple, tensors: Sequence[Tensor]) -> tuple | None:
+    """Everything that the checks depend on; None where tensors have no addresses yet."""
+    if torch.compiler.is_compiling() or not all(isinstance(x, Tensor) for x in tensors):
+        return None
+    return call, *(
+        (x.data_ptr(), x.dtype, x.shape, x.stride(), x.device, x.requires_grad) for x in tensors
+    )
+
+
+def _remember(signature: tuple | None) -> None:
+    if signature is not None:
+        while len(_checked) >= _MOST_CHECKED:
+            _checked.pop(next(iter(_checked)))
+        _checked[signature] = None
+
+
+def _check_dense(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    lengths: Tensor,
+    keep: Tensor,
+    slots: Sequence[Tensor],
+    position_delta: Tensor | None,
+    steps: Sequence[Tensor],
+) -> None:
+    _check_rows("lengths", lengths, keep)
+    batch, capacity = keep.shape
+    layout = "[batch, kv_heads, capacity, head_dim]"
+    written = _check_layers(keys, values, keep, layout, {0: batch, 2: capacity})
+    written |= _check_slots(slots, keep, (batch, capacity), "(batch, capacity)")
+    written["lengths"] = lengths
+    read = {"keep": keep}
+    if position_delta is not None:
+        read["position_delta"] = position_delta
+        _check_int32("position_delta", position_delta, keep, (batch, capacity), "(batch, capacity)")
+        _check_rotation(keys, steps, keep)
+    _check_memory(written, read)
+
+
+def _check_paged(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    block_table: Tensor,
+    lengths: Tensor,
+    keep: Tensor,
+    layout: str,
+    page_refs: Tensor | None,
+    slots: Sequence[Tensor],
+    freed: Tensor | None,
+    freed_counts: Tensor | None,
+) -> None:
+    _check_rows("lengths", lengths, keep)
+    batch = keep.shape[0]
+    if not keys:
+        raise ValueError("keys: expected at least one layer, got none")
+    names = "page_size, kv_heads" if layout == "NHD" else "kv_heads, page_size"
+    names = f"[pages, {names}, head_dim]"
+    _check_tensor("keys[0]", keys[0], 4, names)
+    slot_dim = 1 if layout == "NHD" else 2
+    pages, page_size = keys[0].shape[0], keys[0].shape[slot_dim]
+    if page_size == 0:
+        raise ValueError("keys[0]: expected a page size of at least 1, got 0")
+    written = _check_layers(keys, values, keep, names, {0: pages, slot_dim: page_size})
+    written |= _check_slots(slots, keep, (pages, page_size), "(pages, page_size)")
+    _check_int32("block_table", block_table, keep, (batch, None), "(batch, max_pages)")
+    written |= {"block_table": block_table, "lengths": lengths}
+    read = {"keep": keep}
+    if page_refs is not None:
+        _check_int32("page_refs", page_refs, keep, (pages,), "(pages)")
+        read["page_refs"] = page_refs
+    if freed is not None:
+        max_pages = block_table.shape[1]
+        _check_int32("freed", freed, keep, (batch, max_pages), "(batch, max_pages)")
+        written["freed"] = freed
+    if freed_counts is not None:
+        _check_int32("freed_counts", freed_counts, keep, (batch,), "(batch)")
+        written["freed_counts"] = freed_counts
+    _check_memory(written, read)
 
 
 def _check_tensor(name: str, x: Tensor, dim: int, layout: str) -> None:
@@ -296,13 +363,7 @@ def _check_slots(
     return {f"slots[{i}]": x for i, x in enumerate(slots)}
 
 
-def _check_rotation(
-    keys: Sequence[Tensor], rope: Rope, position_delta: Tensor, keep: Tensor
-) -> None:
-    if not isinstance(rope, Rope):
-        raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
-    _check_int32("position_delta", position_delta, keep, tuple(keep.shape), "(batch, capacity)")
-    steps = rope.steps
+def _check_rotation(keys: Sequence[Tensor], steps: Sequence[Tensor], keep: Tensor) -> None:
     if len(steps) not in (1, len(keys)):
         raise ValueError(
             f"rope: expected inv_freq as 1 tensor or {len(keys)} (layers), got {len(steps)}"
@@ -337,15 +398,6 @@ def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     check_disjoint(written, read)
 
 
-def _check_range(lengths: Tensor, capacity: int) -> None:
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = (lengths < 0) | (lengths > capacity)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(f"lengths: expected 0 to {capacity} in row {row}, got {int(lengths[row])}")
-
-
-def _mark_written(written: dict[str, Tensor]) -> None:
+def _mark_written(*written: Tensor) -> None:
     """Tells autograd, so that a backward pass through what was overwritten raises."""
-    torch.autograd.graph.increment_version([x for x in written.values() if not x.is_inference()])
+    torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
