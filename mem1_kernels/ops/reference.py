@@ -145,7 +145,7 @@ def cached_attention(
     """Attention of the newest tokens over ragged caches: output and LSE as `attention_forward`.
 
     Query `i < counts[b]` stands in slot `lengths[b] - counts[b] + i` and sees the slots up to its
-    own; under a window > 0 only those with `position of its slot - positions[slot] < window`.
+    own; with positions only those with `position of its slot - positions[slot] < window`.
     """
     batch, new_tokens = query.shape[:2]
     capacity = key_cache.shape[2]
@@ -161,7 +161,7 @@ def cached_attention(
     blind = token >= counts[:, None]
     own = ((lengths - counts)[:, None] + token).clamp(max=max(capacity - 1, 0))
     mask = (slot <= own[:, :, None]) & ~blind[:, :, None]
-    if window:
+    if positions is not None:
         own_position = positions.gather(1, own.long())
         mask &= own_position[:, :, None] - positions[:, None] < window
     dead = slot >= lengths[:, None]
