@@ -276,7 +276,14 @@ def _make_mask(
     """transformers' call for a mask, once a forward pass and layer type."""
     if use_vmap:
         raise ValueError("attention_mask: this model lays a mask of its own over the causal one")
-    if isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
+    if isinstance(q_offset, Tensor):
+        raise ValueError("past_key_values: static caches are not supported; use a DynamicCache")
+    total = q_offset + q_length
+    if attention_mask is not None and attention_mask.shape != (batch_size, total):
+        raise ValueError(
+            f"attention_mask: expected {[batch_size, total]}, got {list(attention_mask.shape)}"
+        )
+    if kv_offset + kv_length != total:
         raise ValueError("past_key_values: static caches are not supported; use a DynamicCache")
     if kv_length != q_length:
         cached = sdpa_mask(
@@ -288,15 +295,10 @@ def _make_mask(
             mask_function=mask_function,
             attention_mask=attention_mask,
             local_size=local_size,
-            allow_is_causal_skip=False,
             device=device,
-            **kwargs,
+            **{**kwargs, "allow_is_causal_skip": False},
         )
         return _Mask(attention_mask, local_size, cached=cached)
-    if attention_mask is not None and attention_mask.shape != (batch_size, q_length):
-        raise ValueError(
-            f"attention_mask: expected {[batch_size, q_length]}, got {list(attention_mask.shape)}"
-        )
     sees_previous = None
     if mask_function is not causal_mask_function:
         # It also cuts at every document of a packed row, and perhaps more; ask it about neighbours.
