@@ -120,7 +120,7 @@ def main() -> None:
         return
     from mem1_kernels import info
 
-    info.main()
+    print(info.report())
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     layout = text_trajectory(b"x" * 2520, 2520)
