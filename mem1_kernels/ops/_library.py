@@ -51,7 +51,13 @@ library.define(
 # Importing the extension registers its kernels for the schemas above; torch must be in first.
 HAS_EXTENSION = importlib.util.find_spec("mem1_kernels._C") is not None
 if HAS_EXTENSION:
-    from mem1_kernels import _C  # noqa: F401
+    try:
+        from mem1_kernels import _C  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"mem1_kernels._C does not load under torch {torch.__version__}; build it again "
+            "(make setup, or pip install --no-build-isolation .)"
+        ) from error
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 implementations: dict[tuple[str, str], str] = {}
