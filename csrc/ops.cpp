@@ -77,6 +77,13 @@ TORCH_LIBRARY_IMPL(mem1, CPU, library) {
   add(library, "CPU", "prune_paged_kv_", &mem1::prune_paged_kv_cpu);
 }
 
+#ifdef MEM1_WITH_CUDA
+TORCH_LIBRARY_IMPL(mem1, CUDA, library) {
+  add(library, "CUDA", "prune_kv_", &mem1::prune_kv_cuda);
+  add(library, "CUDA", "prune_paged_kv_", &mem1::prune_paged_kv_cuda);
+}
+#endif
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of mem1_kernels; its tensor ops are under torch.ops.mem1.";
   // Inside a tensor op torch does this.

@@ -31,4 +31,15 @@ void prune_paged_kv_cpu(at::TensorList keys, at::TensorList values, const at::Te
                         const std::optional<at::Tensor>& page_refs, at::TensorList slots,
                         const at::Tensor& freed, const at::Tensor& freed_counts);
 
+// cuda/prune_kv.cu
+void prune_kv_cuda(at::TensorList keys, at::TensorList values, const at::Tensor& lengths,
+                   const at::Tensor& keep, at::TensorList slots, bool ordered,
+                   const std::optional<at::Tensor>& position_delta, at::TensorList rope_steps,
+                   bool interleaved);
+
+void prune_paged_kv_cuda(at::TensorList keys, at::TensorList values, const at::Tensor& block_table,
+                         const at::Tensor& lengths, const at::Tensor& keep,
+                         const std::optional<at::Tensor>& page_refs, at::TensorList slots,
+                         const at::Tensor& freed, const at::Tensor& freed_counts);
+
 }  // namespace mem1

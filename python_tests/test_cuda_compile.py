@@ -1,0 +1,76 @@
+"""The CUDA kernels as nvcc compiles them for Hopper: no spills, no local memory, wide accesses."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SM_90A = "-gencode=arch=compute_90a,code=sm_90a"
+
+# One translation unit a header: every instantiation that its .cu launches.
+UNITS = {
+    "prune_kv": """
+#include "cuda/prune_kv.cuh"
+namespace mem1::cuda {
+#define DENSE(Key, ordered, most) \\
+  template __global__ void prune_kv_kernel<Key, ordered, most>( \\
+      const __grid_constant__ PruneParams<most>);
+#define ORDER(Key, most) DENSE(Key, false, most) DENSE(Key, true, most)
+#define KEY(Key) ORDER(Key, 64) ORDER(Key, 512)
+KEY(NoKey) KEY(FloatKey) KEY(HalfKey) KEY(BFloat16Key)
+template __global__ void prune_paged_kv_kernel<64>(const __grid_constant__ PagedPruneParams<64>);
+template __global__ void prune_paged_kv_kernel<512>(const __grid_constant__ PagedPruneParams<512>);
+}
+""",
+}
+KERNELS = {"prune_kv": 18}
+
+
+@pytest.fixture(scope="module", params=UNITS)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Name, what ptxas says of each kernel, and the cubin."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    folder = tmp_path_factory.mktemp(request.param)
+    source, cubin = folder / "unit.cu", folder / "unit.cubin"
+    source.write_text(UNITS[request.param])
+    command = [nvcc, "-std=c++17", "-O3", SM_90A, "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+    result = subprocess.run(
+        [*command, str(source), "-o", str(cubin)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    said = re.split(r"Compiling entry function '(\w+)'", result.stderr)[1:]
+    return request.param, dict(zip(said[::2], said[1::2], strict=True)), cubin
+
+
+def test_no_spills_and_no_local_memory(compiled) -> None:
+    name, kernels, _ = compiled
+    assert len(kernels) == KERNELS[name]
+    for kernel, said in kernels.items():
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, (
+            kernel,
+            said,
+        )
+        print(kernel, re.search(r"Used \d+ registers", said)[0])
+
+
+def test_wide_accesses_and_nothing_local_in_the_machine_code(compiled) -> None:
+    name, kernels, cubin = compiled
+    nvdisasm = shutil.which("nvdisasm")
+    if nvdisasm is None:
+        backend = pytest.importorskip("triton.backends.nvidia", reason="needs nvdisasm")
+        nvdisasm = str(Path(backend.__path__[0]) / "bin" / "nvdisasm")
+    code = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True)
+    sections = re.split(r"\.section\s+\.text\.(\w+)", code.stdout)[1:]
+    by_kernel = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert by_kernel.keys() == kernels.keys()
+    for kernel, text in by_kernel.items():
+        assert not re.search(r"\b(LDL|STL)\b", text), f"{kernel} uses local memory"
+        if name == "prune_kv":
+            assert re.search(r"\bLDG\.E\.128", text) and re.search(r"\bSTG\.E\.128", text), kernel
