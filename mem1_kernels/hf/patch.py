@@ -1,12 +1,4 @@
-"""Transformers models under trajectory masks: one model patched, and restored exactly.
-
-    with patched(model):
-        logits = model(input_ids, position_ids=layout.position_ids[None], plan=plan).logits
-
-The plan reaches every layer through transformers' own attention interface. Without a plan a
-patched model computes what it computed before, padding, packed documents, sliding windows and
-`generate()` included.
-"""
+"""One transformers model patched to run under a plan or over a TrajectoryCache, and restored."""
 
 from __future__ import annotations
 
@@ -25,6 +17,7 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from mem1_kernels.block_plan import BlockPlan
+from mem1_kernels.hf.cache import TrajectoryCache
 from mem1_kernels.ops.attention import trajectory_attention
 from mem1_kernels.trajectory import windowed
 
@@ -57,7 +50,8 @@ def patch(model: Model) -> Model:
     `BlockPlan.from_expiry(layout.expiry, layout.floor)` and the layout's `position_ids`, each of
     one row or of one row a batch row. A 2D `attention_mask` beside a plan hides padding from it.
     Sliding-window layers apply their window to positions. Without a plan the model is causal as
-    before. PEFT, checkpointing, autocast, DDP and torch.compile (after patching) go on working.
+    before. PEFT, checkpointing, autocast, DDP and torch.compile (after patching) go on working. A
+    `TrajectoryCache` serves as past_key_values, of the forward pass and of `generate()`.
 
     Args:
         model: a transformers causal model on the attention interface (transformers >= 5.9), with
@@ -98,6 +92,9 @@ def patch(model: Model) -> Model:
         for module in root.modules()
         if isinstance(module, PreTrainedModel) and module.config is decoder.config
     ]
+    layers = decoder.base_model
+    guards.append(layers.register_forward_pre_hook(_open_cache, with_kwargs=True))
+    guards.append(layers.register_forward_hook(_close_cache, with_kwargs=True))
     setattr(root, _STATE, (before, guards))
     return model
 
@@ -199,6 +196,31 @@ def _check_implementation(module: PreTrainedModel, args: tuple, kwargs: dict[str
             f"plan: needs attention {NAME!r}, but this {type(module).__name__} was set to "
             f"{current!r} after patch(); call unpatch() and patch() again"
         )
+
+
+def _open_cache(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Before the layers: a TrajectoryCache takes the mask and gives the positions."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, TrajectoryCache):
+        return None
+    if kwargs.get("plan") is not None:
+        raise ValueError("plan: a TrajectoryCache keeps its own expiries; pass only one of the two")
+    inputs = args[0] if args else kwargs.get("input_ids")
+    if inputs is None:
+        inputs = kwargs["inputs_embeds"]
+    position_ids = cache.begin(
+        inputs.shape[:2], kwargs.get("attention_mask"), kwargs.get("position_ids")
+    )
+    changes = {"attention_mask": None, "position_ids": position_ids, "trajectory_cache": cache}
+    return args, {**kwargs, **changes}
+
+
+def _close_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, TrajectoryCache):
+        cache.commit()
 
 
 class _Mask:
@@ -326,6 +348,7 @@ def _attention(
     softcap: float | None = None,
     position_ids: Tensor | None = None,
     plan: BlockPlan | None = None,
+    trajectory_cache: TrajectoryCache | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' call for attention: `[batch, heads, tokens, head_dim]`, keys after RoPE.
@@ -344,6 +367,12 @@ def _attention(
             f"sliding_window: the layer's is {sliding_window} and its mask's {mask.window} "
             "(chunked attention is not supported)"
         )
+    if trajectory_cache is not None:
+        layer: Any = module.layer_idx
+        out = trajectory_cache.attend(
+            layer, query, key, value, scale=scaling, softcap=softcap, window=sliding_window
+        )
+        return out, None
     tokens, keys = query.shape[2], key.shape[2]
     if plan is not None:
         if not isinstance(plan, BlockPlan):
@@ -359,7 +388,7 @@ def _attention(
         return _attend_to_cache(query, key, value, mask.cached, scaling, softcap), None
     elif keys != tokens:
         raise ValueError(f"key: expected {tokens} tokens (self-attention), got {keys}")
-    out = trajectory_attention(
+    attended = trajectory_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -367,7 +396,7 @@ def _attention(
         scale=scaling,
         softcap=softcap,
     )
-    return cast(Tensor, out), None
+    return cast(Tensor, attended), None
 
 
 def _check_call(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:

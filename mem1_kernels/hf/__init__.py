@@ -1,0 +1,17 @@
+"""Transformers models under trajectory masks, and a KV cache for them that forgets.
+
+    with patched(model):
+        logits = model(input_ids, position_ids=layout.position_ids[None], plan=plan).logits
+
+The plan reaches every layer through transformers' own attention interface. Without a plan a
+patched model computes what it computed before: padding, packed documents, sliding windows and
+`generate()` included. With a `TrajectoryCache` as its past_key_values it decodes ragged rows over
+a cache that is pruned in place.
+"""
+
+from __future__ import annotations
+
+from mem1_kernels.hf.cache import TrajectoryCache
+from mem1_kernels.hf.patch import NAME, is_patched, patch, patched, unpatch
+
+__all__ = ["NAME", "TrajectoryCache", "is_patched", "patch", "patched", "unpatch"]

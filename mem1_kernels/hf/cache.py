@@ -1,0 +1,463 @@
+"""TrajectoryCache: a KV cache of ragged rows, each slot with its expiry, pruned in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from mem1_kernels.ops.kv_cache import append_kv_, cached_attention, prune_kv_
+
+NEVER = torch.iinfo(torch.int32).max
+"""The expiry of a slot that nothing drops."""
+
+FIRST_CAPACITY = 256
+
+
+@dataclass
+class _Expected:
+    """What `expect` said of the next forward pass."""
+
+    counts: Tensor  # int32 [batch]
+    most: int
+    expiry: Tensor  # int32 [batch]
+
+
+@dataclass
+class _Step:
+    """One forward pass: which of its tokens each row takes, and where they go."""
+
+    tokens: int
+    counts: Tensor | None  # int32 [batch]; None: all tokens
+    lengths: Tensor  # int32 [batch], the new tokens included
+    next_position: Tensor  # int64 [batch]
+    order: Tensor | None = None  # int64 [batch, tokens]: the rows' tokens first, padding behind
+    updated: set[int] = field(default_factory=set)
+    attended: set[int] = field(default_factory=set)
+
+
+class TrajectoryCache(Cache):
+    """The past_key_values of a patched model whose rows forget.
+
+    Row `b` uses slots `0 .. lengths[b] - 1`, in no order that matters: a pruned slot is filled by
+    another one. Each slot knows its token's position and expiry, so sliding-window layers go by
+    positions. The model need not know which tokens are gone; it must only go on at the right
+    positions, and those count on over dropped tokens unless `position_ids` say otherwise.
+
+    A forward pass appends its tokens to every row, except those that a 2D attention mask names
+    padding, of either side (`[batch, get_seq_length() + new tokens]`; its older columns are not
+    read), or, after `expect(counts)`, all but each row's first `counts[b]`. `generate()` goes on
+    from a pruned cache if it is given the new tokens only, a mask as above and position_ids; it
+    feeds padding to rows that stopped early, so drop that before the next turn:
+    `cache.prune_(keep=cache.positions < end[:, None])`.
+
+    Args:
+        model: the transformers model that will use it, or a module that wraps it.
+        batch_size: rows.
+        capacity: slots of a row. None: as many as it takes, doubled when they run out.
+        ordered: keep the slots' order when pruning (more moves).
+
+    Attributes:
+        lengths: int32 `[batch]`, tokens that each row holds.
+        positions: int32 `[batch, capacity]`, of each slot's token.
+        expiry: int32 `[batch, capacity]`, write to it what you like: `prune_(now)` drops the slots
+            with `expiry <= now`. A new slot never expires unless `expect` says otherwise.
+
+    The attributes are replaced, not changed, when the cache grows. What lies in slots from
+    `lengths[b]` on means nothing.
+
+    Raises:
+        ValueError: batch_size or capacity < 1, or a model with layers that are not attention.
+
+    >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+    >>> from mem1_kernels.hf import patched
+    >>> model = Qwen2ForCausalLM(Qwen2Config(
+    ...     vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=1))
+    >>> cache = TrajectoryCache(model, batch_size=2)
+    >>> with torch.no_grad(), patched(model):
+    ...     cache.expect([4, 2])
+    ...     _ = model(torch.ones(2, 4, dtype=torch.int64), past_key_values=cache)
+    ...     cache.prune_(keep=cache.positions != 1)
+    ...     _ = model(torch.ones(2, 1, dtype=torch.int64), past_key_values=cache)
+    >>> cache.lengths.tolist(), cache.positions[:, :4].tolist()[0], cache.peak_tokens
+    ([4, 2], [0, 3, 2, 4], 6)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        batch_size: int,
+        capacity: int | None = None,
+        ordered: bool = False,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("capacity", capacity)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        config: Any = model.config
+        config = config.get_text_config(decoder=True)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+            raise ValueError(f"model: has layers that a KV cache alone cannot serve: {other}")
+        super().__init__(layers=[])
+        self.ordered = ordered
+        self.fixed_capacity = capacity is not None
+        self.device = next(model.parameters()).device
+        self._batch_size = batch_size
+        self._num_layers = config.num_hidden_layers
+        self._step: _Step | None = None
+        self._expected: _Expected | None = None
+        with torch.inference_mode(False):
+            self.keys: dict[int, Tensor] = {}
+            self.values: dict[int, Tensor] = {}
+            self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
+            self.positions = self.lengths.new_zeros(batch_size, capacity or FIRST_CAPACITY)
+            self.expiry = torch.full_like(self.positions, NEVER)
+            self._next_position = self.lengths.long()
+            self._peak = self.lengths.sum()
+        self._seen: int | None = 0
+
+    def __len__(self) -> int:
+        return self._num_layers
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self._batch_size
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
+        return self.positions.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held, over all rows. Reads the device."""
+        return int(self.lengths.sum())
+
+    @property
+    def peak_tokens(self) -> int:
+        """The most tokens it ever held at once, over all rows. Reads the device."""
+        return int(self._peak)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, for keys, values and what is kept of each slot."""
+        tensors = [*self.keys.values(), *self.values.values(), self.positions, self.expiry]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def expect(
+        self, counts: Sequence[int] | Tensor, *, expiry: int | Sequence[int] | Tensor = NEVER
+    ) -> None:
+        """Announces the next forward pass: row `b` takes the first `counts[b]` of its tokens.
+
+        Args:
+            counts: `[batch]`, 0 or more each. (A CPU tensor or a list spares a wait.)
+            expiry: of the new slots: one for all, or `[batch]`.
+
+        Raises:
+            ValueError: another number of rows, or a negative count.
+        """
+        on_host = self._per_row("counts", counts, device=torch.device("cpu"))
+        if min(on_host.tolist()) < 0:
+            raise ValueError(f"counts: expected 0 or more, got {on_host.tolist()}")
+        self._expected = _Expected(
+            on_host.to(self.device), max(on_host.tolist()), self._per_row("expiry", expiry)
+        )
+
+    def prune_(
+        self,
+        now: int | Sequence[int] | Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Drops slots of all layers in place: those with `expiry <= now`, or those not in `keep`.
+
+        Args:
+            now: one time for all rows, or one a row.
+            keep: bool `[rows, capacity]`; what it says of slots from `lengths` on is ignored.
+            rows: the rows that now or keep speak of, in that order; None: all. Others keep all.
+
+        Raises:
+            TypeError: keep is not boolean.
+            ValueError: not exactly one of now and keep, another shape, or rows that are unknown or
+                named twice. Nothing is written then.
+        """
+        named = range(self.batch_size) if rows is None else list(rows)
+        unknown = [row for row in named if not 0 <= row < self.batch_size]
+        if unknown or len(set(named)) < len(named):
+            raise ValueError(
+                f"rows: expected different ones of 0 to {self.batch_size - 1}, got {list(named)}"
+            )
+        if (now is None) == (keep is None):
+            raise ValueError("keep: expected either now or keep, got both or none")
+        index = torch.tensor(list(named), dtype=torch.int64, device=self.device)
+        if keep is None:
+            alive = self.expiry[index] > self._per_row("now", cast(Any, now), len(named))[:, None]
+        else:
+            if keep.dtype != torch.bool:
+                raise TypeError(f"keep: expected bool, got {keep.dtype}")
+            if list(keep.shape) != [len(named), self.capacity]:
+                expected = [len(named), self.capacity]
+                raise ValueError(
+                    f"keep: expected {expected} (rows, capacity), got {list(keep.shape)}"
+                )
+            alive = keep.to(self.device)
+        if rows is not None:
+            alive = torch.ones_like(self.positions, dtype=torch.bool).index_copy(0, index, alive)
+        self._step, self._expected, self._seen = None, None, None
+        if self.keys:
+            prune_kv_(
+                list(self.keys.values()),
+                list(self.values.values()),
+                self.lengths,
+                alive,
+                slots=[self.positions, self.expiry],
+                ordered=self.ordered,
+            )
+
+    def reset(self) -> None:
+        """Empties all rows, as if nothing had ever been in them; the memory stays."""
+        self._step, self._expected, self._seen = None, None, 0
+        for x in (self.lengths, self._next_position, self._peak):
+            x.zero_()
+
+    # What transformers asks of a cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The columns that an attention mask must have for what was there before: the longest row
+        after a prune, and from then on all tokens fed, padding included."""
+        if self._seen is None:
+            self._seen = int(self.lengths.max())
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Attention is handed the new tokens only (`update`), behind all those seen."""
+        return query_length, self.get_seq_length()
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The fixed capacity, or -1."""
+        return self.capacity if self.fixed_capacity else -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """`get_max_length`, for older transformers."""
+        return self.get_max_length()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands the new keys and values on: the patched attention appends them itself."""
+        if self._step is None:
+            raise ValueError(
+                "past_key_values: a TrajectoryCache needs a patched model, called whole"
+            )
+        self._step.updated.add(layer_idx)
+        return key_states, value_states
+
+    def _unsupported(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "past_key_values: a TrajectoryCache serves greedy and sampled decoding, not beams, "
+            "assisted decoding, offloading or repeated rows"
+        )
+
+    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _unsupported
+    activate_past_recording = early_initialization = offload = prefetch = _unsupported
+
+    # What a patched model does with it in a forward pass
+
+    def begin(
+        self, shape: Sequence[int], attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """Before the layers of a forward pass over `[batch, tokens]`; returns its position_ids.
+
+        Raises:
+            ValueError: tokens or rows that do not fit, a stale mask, positions that do not rise, or
+                no room. Nothing is written then.
+        """
+        batch, tokens = shape
+        expected, self._expected, self._step = self._expected, None, None
+        if batch != self.batch_size:
+            raise ValueError(f"input_ids: the cache has {self.batch_size} rows, got {batch}")
+        if tokens == 0:
+            raise ValueError(
+                "input_ids: expected at least one new token, got none (give generate() the new "
+                "tokens only and an attention_mask of cached + new columns)"
+            )
+        counts, order, expiry = self._taken(tokens, attention_mask, expected)
+        counts_or_all = torch.full_like(self.lengths, tokens) if counts is None else counts
+        column = torch.arange(tokens, device=self.device)
+        taken = column < counts_or_all[:, None]
+        if position_ids is None:
+            position_ids = self._next_position[:, None] + column
+            if order is not None:
+                position_ids = torch.zeros_like(order).scatter(1, order, position_ids)
+        elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch):
+            raise ValueError(
+                f"position_ids: expected [{batch}, {tokens}], got {list(position_ids.shape)}"
+            )
+        positions = position_ids.to(self.device).expand(batch, tokens)
+        if order is not None:
+            positions = positions.gather(1, order)
+        slot = torch.arange(self.capacity, device=self.device)
+        held = torch.where(slot < self.lengths[:, None], self.positions, -1).amax(1, keepdim=True)
+        before = torch.cat([held.long(), positions[:, :-1]], 1)
+        self._check_positions((positions > before) | ~taken, positions, held)
+        lengths = self.lengths + counts_or_all
+        self._make_room(tokens, lengths)
+
+        coming = torch.arange(self.capacity, device=self.device) - self.lengths[:, None]
+        fresh = (coming >= 0) & (coming < counts_or_all[:, None])
+        coming = coming.clamp(0, tokens - 1)
+        self.positions.copy_(torch.where(fresh, positions.gather(1, coming), self.positions))
+        self.expiry.copy_(torch.where(fresh, expiry[:, None], self.expiry))
+        last = positions.gather(1, (counts_or_all[:, None].long() - 1).clamp(min=0))[:, 0]
+        next_position = torch.where(counts_or_all > 0, last + 1, self._next_position)
+        self._step = _Step(tokens, counts, lengths, next_position, order)
+        return position_ids
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Appends the new keys and values of one layer, then attends.
+
+        query, key, value: `[batch, heads, tokens, head_dim]`, after RoPE. Returns `[batch, tokens,
+        heads, head_dim]`, 0 for padding.
+        """
+        step = cast(_Step, self._step)
+        if torch.is_autocast_enabled(query.device.type):
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if step.order is not None:
+            query, key, value = (_select(x, step.order) for x in (query, key, value))
+        if layer not in self.keys:
+            self.keys[layer], self.values[layer] = self._allocate(key), self._allocate(value)
+        keys, values = self.keys[layer], self.values[layer]
+        append_kv_(key, value, keys, values, self.lengths, counts=step.counts)
+        out = cached_attention(
+            query.transpose(1, 2),
+            keys,
+            values,
+            step.lengths,
+            counts=step.counts,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+            positions=self.positions if window is not None else None,
+        )
+        step.attended.add(layer)
+        out = cast(Tensor, out)
+        if step.order is not None:
+            out = _select(out.transpose(1, 2), step.order.argsort(1)).transpose(1, 2).contiguous()
+        return out
+
+    def commit(self) -> None:
+        """After the layers of a forward pass: its tokens now belong to their rows."""
+        step = cast(_Step, self._step)
+        if missing := sorted(step.updated - step.attended):
+            raise ValueError(f"model: the attention of layers {missing} does not reach the cache")
+        self._seen = self.get_seq_length() + step.tokens
+        self.lengths.copy_(step.lengths)
+        self._next_position.copy_(step.next_position)
+        self._peak.copy_(torch.maximum(self._peak, self.lengths.sum()))
+        self._step = None
+
+    def _taken(
+        self,
+        tokens: int,
+        attention_mask: Tensor | None,
+        expected: _Expected | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """(counts, order, expiry) of a forward pass over so many tokens."""
+        never = torch.full_like(self.lengths, NEVER)
+        if expected is not None:
+            if attention_mask is not None:
+                raise ValueError("attention_mask: expect() told which tokens count; pass only one")
+            if expected.most > tokens:
+                raise ValueError(
+                    f"input_ids: expect() told of {expected.most} tokens, got {tokens}"
+                )
+            return expected.counts, None, expected.expiry
+        if attention_mask is None:
+            return None, None, never
+        shape = [self.batch_size, self.get_seq_length() + tokens]
+        if list(attention_mask.shape) != shape:
+            raise ValueError(
+                f"attention_mask: expected {shape} (batch, cached + new tokens), "
+                f"got {list(attention_mask.shape)}"
+            )
+        new = attention_mask[:, -tokens:].to(device=self.device, dtype=torch.bool)
+        if tokens > 1 and bool(new.all()):
+            return None, None, never
+        order = (~new).int().argsort(dim=1, stable=True) if tokens > 1 else None
+        return new.sum(1, dtype=torch.int32), order, never
+
+    def _make_room(self, tokens: int, lengths: Tensor) -> None:
+        """Grows the cache unless its rows have room for `lengths`."""
+        if self.get_seq_length() + tokens <= self.capacity:
+            return
+        needed = int(lengths.max())
+        if needed <= self.capacity:
+            return
+        if self.fixed_capacity:
+            raise ValueError(f"capacity: {needed} tokens do not fit in {self.capacity} slots")
+        capacity = max(needed, 2 * self.capacity)
+        with torch.inference_mode(False):
+            for store in (self.keys, self.values):
+                for layer, old in store.items():
+                    store[layer] = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+                    store[layer][:, :, : old.shape[2]] = old
+            more = capacity - self.capacity
+            self.positions = nn.functional.pad(self.positions, (0, more))
+            self.expiry = nn.functional.pad(self.expiry, (0, more), value=NEVER)
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        batch, kv_heads, _, head_dim = like.shape
+        with torch.inference_mode(False):
+            return torch.empty(
+                batch, kv_heads, self.capacity, head_dim, dtype=like.dtype, device=like.device
+            )
+
+    def _check_positions(self, rises: Tensor, positions: Tensor, held: Tensor) -> None:
+        message = "position_ids: expected them to rise behind those that the cache holds"
+        if rises.is_cuda:
+            torch._assert_async(rises.all(), message)
+        elif not bool(rises.all()):
+            row, token = (int(i) for i in (~rises).nonzero()[0])
+            raise ValueError(
+                f"{message} (up to {int(held[row])} in row {row}), got {int(positions[row, token])}"
+            )
+
+    def _per_row(
+        self,
+        name: str,
+        value: int | Sequence[int] | Tensor,
+        rows: int | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """int32 `[rows]` on the cache's device, from one value for all or one a row."""
+        rows = self.batch_size if rows is None else rows
+        values = torch.as_tensor(value)
+        if values.dtype.is_floating_point or values.dtype == torch.bool:
+            raise TypeError(f"{name}: expected integers, got {values.dtype}")
+        if values.dim() and list(values.shape) != [rows]:
+            raise ValueError(f"{name}: expected [{rows}], got {list(values.shape)}")
+        return values.to(device or self.device, torch.int32).expand(rows).contiguous()
+
+
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    """`x` `[batch, heads, tokens, head_dim]` with its tokens in the order `[batch, tokens]`."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
