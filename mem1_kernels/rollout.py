@@ -288,9 +288,14 @@ class _Driver:
         self.cache = TrajectoryCache(
             self.model, batch_size=len(rows), capacity=rollout.capacity, ordered=rollout.ordered
         )
+        self.keep: Tensor | None = None  # bool [batch, capacity], what the next feed prunes by
 
     def feed(self) -> None:
-        """Puts every row's pending tokens into the cache and keeps each row's last logits."""
+        """Drops what is to be dropped, of all rows at once, puts every row's pending tokens into
+        the cache and keeps each row's last logits."""
+        if self.keep is not None:
+            self.cache.prune_(keep=self.keep)
+            self.keep = None
         counts = torch.tensor([len(row.pending) for row in self.rows])
         width = int(counts.max())
         if width == 0:
@@ -360,11 +365,11 @@ class _Driver:
         self._prune(row, torch.zeros(max(row.next_position, 1), dtype=torch.bool))
 
     def _prune(self, row: _Row, alive: Tensor) -> None:
-        """Keeps those of the row's slots whose position `alive` marks, and all of the others'."""
-        keep = torch.ones_like(self.cache.positions, dtype=torch.bool)
+        """Keeps only those of the row's slots whose position `alive` marks, from the next feed."""
+        if self.keep is None:
+            self.keep = torch.ones_like(self.cache.positions, dtype=torch.bool)
         positions = self.cache.positions[row.index].clamp(0, len(alive) - 1).long()
-        keep[row.index] = alive.to(keep.device)[positions]
-        self.cache.prune_(keep=keep)
+        self.keep[row.index] = alive.to(self.keep.device)[positions]
 
 
 def _sample(
