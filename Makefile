@@ -46,11 +46,11 @@ bench: $(READY)
 check: lint types imports cpp
 
 lint: $(DEPENDENCIES)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 types: $(DEPENDENCIES)
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 imports: $(DEPENDENCIES)
 	$(BIN)/lint-imports

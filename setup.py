@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -28,6 +29,9 @@ except ImportError as error:
         f"mem1_kernels builds against the torch you have, but {error.name} is not importable.\n"
         "Install torch, pybind11 and ninja, then run: pip install --no-build-isolation ."
     ) from error
+
+# Where pip puts ninja: on PATH only while the environment is activated.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
 ROOT = Path(__file__).resolve().parent
 SOURCE_LIST = ROOT / "csrc" / "sources.txt"
