@@ -260,6 +260,6 @@ def _chunks(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             words += text
             while len(words) > WORDS_PER_PASSAGE:
                 yield section, " ".join(words[:WORDS_PER_PASSAGE])
-                words = [f"{name}:", *words[WORDS_PER_PASSAGE:]]
+                words = [*f"{name}:".split(), *words[WORDS_PER_PASSAGE:]]
         if words:
             yield section, " ".join(words)
