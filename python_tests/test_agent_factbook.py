@@ -69,6 +69,9 @@ def test_hops_by_hand(book):
     assert two[
         "What is the capital of the country that shares the longest land border with Portugal?"
     ] == ("Madrid",)
+    assert not any(
+        question.count("capital is") and "the capital of" in question for question in two
+    )
     three = {item.question: item.golden_answers for item in book.questions(3)}
     assert three[
         "What is the internet country code of the country that shares the longest land border "

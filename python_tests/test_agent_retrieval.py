@@ -61,6 +61,7 @@ def test_bm25_ranks_by_the_words():
     found = corpus.search(["capital of Mali", "pacific", "汉字"], topk=2)
     assert [hits[0].title for hits in found] == ["Mali", "Peru", "Côte d'Ivoire"]
     assert found[0][0].score > found[0][1].score > 0
+    assert [len(hits) for hits in found] == [2, 1, 1], "the others share no word"
     assert found[2][0].text == "Yamoussoukro 汉字 is its capital."
 
 

@@ -173,6 +173,17 @@ def test_a_turn_that_makes_no_sense_ends_with_nothing(ids):
     assert (step.reward, step.done, step.scores) == (0.0, True, {"em": [0.0]})
 
 
+def test_documents_come_in_random_order():
+    rng = random.Random(7)
+    orders = set()
+    for _ in range(60):
+        environment = TableEnvironment()
+        environment.reset(ChainTask.sample(1, rng))
+        documents = environment.step(turn("search", [FIRST_SHELF])).observation[2:]
+        orders.add(tuple(show([document])[0] for document in documents))
+    assert len(orders) == 6
+
+
 def test_searching_on_after_the_hint_to_answer_ends_with_nothing():
     task = ChainTask.sample(1, random.Random(0))
     environment = TableEnvironment()

@@ -82,6 +82,7 @@ CHOSEN = {"color": "red", "shoe size": "8"}
         (BOOTS, CHOSEN, (1.0, 1, 1, 1, 1)),
         (BOOTS, {"color": "blue", "shoe size": "8"}, (0.8, 1, 1, 0.5, 1)),
         (BOOTS, {}, (0.6, 1, 1, 0, 1)),
+        (BOOTS, {"color": "red cherry", "shoe size": "8"}, (1.0, 1, 1, 1, 1)),
         (replace(BOOTS, price=50.0), CHOSEN, (1.0, 1, 1, 1, 1)),
         (replace(BOOTS, price=50.01), CHOSEN, (0.8, 1, 1, 1, 0)),
         (replace(BOOTS, attributes=(), features=()), CHOSEN, (0.8, 1, 0.5, 1, 1)),
@@ -119,6 +120,12 @@ def test_the_type_by_hand(common, query, category, kind):
 def test_a_title_with_hardly_anything_in_common():
     goal = replace(GOAL, product=replace(BOOTS, nouns=frozenset(map(str, range(11)))))
     assert reward(replace(BOOTS, nouns=frozenset("1")), goal, CHOSEN).type == 0.1
+
+
+def test_colors_are_compared_by_their_base():
+    navy = replace(GOAL, options={"color": "navy blue", "shoe size": "8"})
+    assert reward(BOOTS, navy, {"color": "pale blue", "shoe size": "8"}).options == 1.0
+    assert reward(BOOTS, navy, {"color": "navy", "shoe size": "8"}).options == 0.5
 
 
 def test_phrases_alike():
@@ -257,6 +264,7 @@ def test_a_purchase_on_a_server():
         environment = WebShop(RemoteSite(server.url))
         prompt = environment.reset(7)
         assert "Wish: Find me <tea> & boots" in prompt
+        assert prompt.endswith("Available actions: search[<keywords>]")
         results = environment.step(act("search[boots & tea]")).observation
         assert results == (
             "Back to Search [SEP] Page 1 [SEP] B01 [SEP] Boots\n"
