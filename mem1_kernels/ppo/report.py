@@ -1,0 +1,98 @@
+"""What a run leaves to be read: metrics.jsonl, trackers, and the picture of its curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from mem1_kernels.ppo.config import Config
+
+
+def plot(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws reward and context over the steps, and both over the sizes last evaluated."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    evaluated = [record for record in history if "evaluation" in record]
+    figure = Figure(figsize=(10, 3.6 * (2 if evaluated else 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2 if evaluated else 1, 2, squeeze=False)
+    trained = [record for record in history if "reward" in record]
+    steps = [record["step"] for record in trained]
+    axes[0, 0].plot(steps, [record["reward"] for record in trained], "o-", color="#2a9d8f")
+    axes[0, 0].set(xlabel="step", ylabel="mean reward", ylim=(0, None))
+    for name, label, colour in (
+        ("total_tokens", "whole trajectory", "#c0c4cc"),
+        ("peak_context", "peak context", "#3f72af"),
+    ):
+        axes[0, 1].plot(steps, [r[name] for r in trained], "o-", color=colour, label=label)
+    axes[0, 1].set(xlabel="step", ylabel="tokens an episode", ylim=(0, None))
+    axes[0, 1].legend(frameon=False)
+    if evaluated:
+        for record, colour in ((evaluated[0], "#c0c4cc"), (evaluated[-1], "#2a9d8f")):
+            table = record["evaluation"]
+            sizes = [row["size"] for row in table]
+            label = f"step {record['step']}"
+            rewards = [row["reward"] for row in table]
+            axes[1, 0].plot(sizes, rewards, "o-", color=colour, label=label)
+        axes[1, 0].set(xlabel="size of the task", ylabel="mean reward, greedy", ylim=(0, 1.05))
+        axes[1, 0].legend(frameon=False)
+        for name, label, colour in (
+            ("total_tokens", "whole trajectory", "#c0c4cc"),
+            ("peak_context", "peak context", "#3f72af"),
+        ):
+            axes[1, 1].plot(sizes, [r[name] for r in table], "o-", color=colour, label=label)
+        axes[1, 1].set(xlabel="size of the task", ylabel="tokens", ylim=(0, None))
+        axes[1, 1].legend(frameon=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+class Log:
+    """History, metrics.jsonl, trackers and plot; only the main process writes."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, first_step: int) -> None:
+        self.accelerator = accelerator
+        self.out = Path(config.out)
+        self.history: list[dict[str, Any]] = []
+        path = self.out / "metrics.jsonl"
+        if first_step and path.exists():
+            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            self.history = [record for record in lines if record["step"] < first_step]
+        if accelerator.is_main_process:
+            self.file = open(path, "w", encoding="utf-8")
+            self.file.writelines(json.dumps(record) + "\n" for record in self.history)
+        options = asdict(config).items()
+        shown = {name: str(v) if isinstance(v, tuple) else v for name, v in options}
+        if config.trackers:
+            accelerator.init_trackers("ppo", config=shown)
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        record = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self.history.append(record)
+        numbers = {n: v for n, v in record.items() if isinstance(v, (int, float)) and n != "step"}
+        for row in record.get("evaluation", ()):
+            numbers |= {f"eval_{row['size']}/{name}": value for name, value in row.items()}
+        self.accelerator.log(numbers, step=record["step"])
+        if self.accelerator.is_main_process:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        """Draws the curve and ends the files."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.accelerator.is_main_process:
+            if self.history:
+                plot(self.history, self.out / "curve.png")
+            self.file.close()
