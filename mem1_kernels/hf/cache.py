@@ -290,34 +290,30 @@ class TrajectoryCache(Cache):
                 "tokens only and an attention_mask of cached + new columns)"
             )
         counts, order, expiry = self._taken(tokens, attention_mask, expected)
-        counts_or_all = torch.full_like(self.lengths, tokens) if counts is None else counts
-        column = torch.arange(tokens, device=self.device)
-        taken = column < counts_or_all[:, None]
+        taken = torch.full_like(self.lengths, tokens) if counts is None else counts
         if position_ids is None:
-            position_ids = self._next_position[:, None] + column
+            column = torch.arange(tokens, device=self.device)
+            positions = position_ids = self._next_position[:, None] + column
             if order is not None:
-                position_ids = torch.zeros_like(order).scatter(1, order, position_ids)
-        elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch):
-            raise ValueError(
-                f"position_ids: expected [{batch}, {tokens}], got {list(position_ids.shape)}"
-            )
-        positions = position_ids.to(self.device).expand(batch, tokens)
-        if order is not None:
-            positions = positions.gather(1, order)
-        slot = torch.arange(self.capacity, device=self.device)
-        held = torch.where(slot < self.lengths[:, None], self.positions, -1).amax(1, keepdim=True)
-        before = torch.cat([held.long(), positions[:, :-1]], 1)
-        self._check_positions((positions > before) | ~taken, positions, held)
-        lengths = self.lengths + counts_or_all
+                position_ids = torch.empty_like(order).scatter_(1, order, positions)
+        else:
+            if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch):
+                got = list(position_ids.shape)
+                raise ValueError(f"position_ids: expected [{batch}, {tokens}], got {got}")
+            positions = position_ids.to(self.device).expand(batch, tokens)
+            positions = positions if order is None else positions.gather(1, order)
+            self._check_positions(positions, taken)
+        lengths = self.lengths + taken
         self._make_room(tokens, lengths)
 
+        # Which of the new tokens comes to each slot, where one does.
         coming = torch.arange(self.capacity, device=self.device) - self.lengths[:, None]
-        fresh = (coming >= 0) & (coming < counts_or_all[:, None])
-        coming = coming.clamp(0, tokens - 1)
+        fresh = (coming >= 0) & (coming < taken[:, None])
+        coming = coming.clamp(0, tokens - 1).long()
         self.positions.copy_(torch.where(fresh, positions.gather(1, coming), self.positions))
         self.expiry.copy_(torch.where(fresh, expiry[:, None], self.expiry))
-        last = positions.gather(1, (counts_or_all[:, None].long() - 1).clamp(min=0))[:, 0]
-        next_position = torch.where(counts_or_all > 0, last + 1, self._next_position)
+        last = positions.gather(1, (taken[:, None].long() - 1).clamp(min=0))[:, 0]
+        next_position = torch.where(taken > 0, last + 1, self._next_position)
         self._step = _Step(tokens, counts, lengths, next_position, order)
         return position_ids
 
@@ -431,7 +427,13 @@ class TrajectoryCache(Cache):
                 batch, kv_heads, self.capacity, head_dim, dtype=like.dtype, device=like.device
             )
 
-    def _check_positions(self, rises: Tensor, positions: Tensor, held: Tensor) -> None:
+    def _check_positions(self, positions: Tensor, taken: Tensor) -> None:
+        """`positions` `[batch, tokens]`, of which each row takes the first ones, must rise."""
+        slot = torch.arange(self.capacity, device=self.device)
+        held = torch.where(slot < self.lengths[:, None], self.positions, -1).amax(1, keepdim=True)
+        before = torch.cat([held.long(), positions[:, :-1]], 1)
+        column = torch.arange(positions.shape[1], device=self.device)
+        rises = (positions > before) | (column >= taken[:, None])
         message = "position_ids: expected them to rise behind those that the cache holds"
         if rises.is_cuda:
             torch._assert_async(rises.all(), message)
