@@ -1,0 +1,103 @@
+// One query tile of one head, forward and backward: what attention.cpp asks of each SIMD level.
+//
+// Tiles are those of BlockPlan: kTile tokens on each side. No torch here; see cpu/simd.h.
+#pragma once
+
+#include <stdint.h>
+
+namespace mem1::cpu {
+
+constexpr int kTile = 128;
+
+enum class ElementType { kFloat, kHalf, kBFloat16 };
+
+// Tokens of one head of one batch row: head_dim contiguous elements each.
+struct Rows {
+  char* data;
+  int64_t stride;  // elements from one token to the next
+};
+
+// Which keys a query tile meets: its entries of BlockPlan's rows, and the mask behind them.
+struct TileList {
+  const int32_t* expiry;  // [tokens]
+  const int32_t* floor;   // [tokens] or null
+  const int32_t* tiles;   // [count] key tiles: the partial ones, ascending, then the full ones
+  int partial;
+  int count;
+};
+
+struct Problem {
+  ElementType type;
+  int64_t tokens;
+  int head_dim;
+  float scale;
+  float softcap;  // 0: none
+};
+
+struct ForwardTile {
+  Problem problem;
+  TileList list;
+  int64_t tile;
+  Rows query, key, value, out;
+  float* lse;  // [tokens]
+};
+
+// Query tiles add their parts of dK and dV to a key tile in an order that the plan alone decides, so
+// that results do not depend on the number of threads: by descending query tile, and for each by
+// ascending head of the group. They are claimed in that order too, so nobody waits for work that no
+// thread has begun. A ticket is one place in the order; whoever holds the one that `turn` shows adds.
+struct Turns {
+  int64_t tile, member, group;  // query tile, and its head within the group of `group` heads
+  int64_t* turn;                // [key tiles] ticket of the next one
+  const int64_t* first;         // [key tiles] query tile that comes first
+  const int64_t* following;     // [count] query tile that comes next there; -1: none
+};
+
+constexpr int64_t kNoTicket = -1;
+
+static inline int64_t ticket(int64_t query_tile, int64_t member, int64_t group) {
+  return query_tile * group + (group - 1 - member);
+}
+
+static inline int64_t first_ticket(int64_t query_tile, int64_t group) {
+  return query_tile < 0 ? kNoTicket : ticket(query_tile, 0, group);
+}
+
+struct BackwardTile {
+  Problem problem;
+  TileList list;
+  int64_t tile;
+  Rows query, key, value, out, grad_out;
+  const float* lse;
+  const float* grad_lse;  // [tokens] or null
+  Rows grad_query, grad_key, grad_value;
+  float* sums;  // [key tiles, 2, kTile, head_stride(head_dim)]: dK and dV so far
+  Turns turns;
+};
+
+// Floats from one head_dim-long row of a packed tile to the next, and from one row of kTile query
+// lanes to the next: an odd number of cache lines, so that columns spread over all cache sets.
+static inline int64_t head_stride(int head_dim) { return (head_dim + 15) / 16 / 2 * 32 + 16; }
+constexpr int64_t kLaneStride = kTile + 16;
+
+// Floats of scratch that a thread needs.
+static inline int64_t forward_scratch(int head_dim) {
+  return 2 * head_dim * kLaneStride + 2 * kTile * head_stride(head_dim) + (kTile + 4) * kLaneStride;
+}
+static inline int64_t backward_scratch(int head_dim) {
+  return 3 * head_dim * kLaneStride + 5 * kTile * head_stride(head_dim) +
+         (3 * kTile + 4) * kLaneStride;
+}
+
+struct AttentionKernels {
+  void (*forward)(const ForwardTile& tile, float* scratch);
+  void (*backward)(const BackwardTile& tile, float* scratch);
+};
+
+extern const AttentionKernels attention_default;
+extern const AttentionKernels attention_avx2;
+extern const AttentionKernels attention_avx512;
+// bfloat16 only.
+extern const AttentionKernels attention_avx512bf16;
+
+}  // namespace mem1::cpu
