@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mem1_kernels.block_plan import BLOCK as TILE
+from mem1_kernels.block_plan import MIN_CHUNK
 from mem1_kernels.ops.triton import attention_configs as configs
 from mem1_kernels.ops.triton import attention_kernels as kernels
 
-TILE = 128
-"""Tokens on a side of a plan's tile."""
 ROWS = 32
-"""Rows in a block of the two kernels that only stream: the preprocess and the sum."""
+"""Rows in a block of the two kernels that only stream, the preprocess and the sum."""
+
+# The kernels count on y * post - m being one instruction.
+FUSED = {"enable_fp_fusion": True}
 
 
 @functools.cache
@@ -33,29 +37,26 @@ def _config(pass_name: str, query: Tensor) -> configs.Config:
     )
 
 
-def _options(config: configs.Config) -> dict[str, object]:
+def _cut(config: configs.Config) -> dict[str, Any]:
     return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PART": config.part,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        # The kernels count on y * post - m being one instruction.
-        "enable_fp_fusion": True,
+        **FUSED,
     }
 
 
-def _blocks(config: configs.Config) -> dict[str, int]:
-    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PART": config.part}
+def _shape(head_dim: int, chunks: tuple[int, int]) -> dict[str, Any]:
+    return {"TILE": TILE, "HEAD_DIM": head_dim, "D0": chunks[0], "D1": chunks[1]}
 
 
-def _flags(query: Tensor, key: Tensor, floor: Tensor | None, softcap: float) -> dict[str, int]:
-    d0, d1 = configs.head_chunks(query.shape[3])
+def _flags(query: Tensor, key: Tensor, floor: Tensor | None, softcap: float) -> dict[str, Any]:
     return {
         "GROUP": query.shape[2] // key.shape[2],
         "HAS_FLOOR": floor is not None,
         "HAS_SOFTCAP": softcap != 0.0,
-        "TILE": TILE,
-        "HEAD_DIM": query.shape[3],
-        "D0": d0,
-        "D1": d1,
     }
 
 
@@ -101,8 +102,8 @@ def forward(
             int(expiry.shape[0] > 1),
             *_score_factors(scale, softcap),
             **_flags(query, key, floor, softcap),
-            **_blocks(config),
-            **_options(config),
+            **_shape(head_dim, configs.head_chunks(head_dim)),
+            **_cut(config),
         )
     return out, lse
 
@@ -125,8 +126,8 @@ def backward(
     """`mem1::trajectory_attention_bwd`: gradients of query, key, value (contiguous, their dtype).
 
     Each is written once, or summed in a fixed order: two runs agree bit for bit. Besides the
-    gradients this takes 8 bytes a query row and head, and 8 bytes a key, kv head and dimension for
-    the pieces of split columns (whose number only the device knows).
+    gradients this takes 8 bytes a query and head, and above 1,024 tokens 8 bytes a key, kv head and
+    dimension for the pieces of split columns (whose number only the device knows).
     """
     batch, tokens, heads, head_dim = query.shape
     kv_heads = key.shape[2]
@@ -138,14 +139,13 @@ def backward(
     _, col_offsets, col_partial, col_tiles, *items, col_first_slot, col_slots = columns
     grad_query = query.new_empty(batch, tokens, heads, head_dim)
     grad_key, grad_value = (key.new_empty(batch, tokens, kv_heads, head_dim) for _ in range(2))
-    lse2, delta = (lse.new_empty(batch, heads, n * TILE, dtype=torch.float32) for _ in range(2))
-    work = [
-        lse.new_empty(batch, kv_heads, n, TILE, head_dim, dtype=torch.float32) for _ in range(2)
-    ]
+    lse2, delta = (lse.new_empty(batch, heads, n * TILE) for _ in range(2))
+    slots = n if n > MIN_CHUNK else 0
+    work = [lse.new_empty(batch, kv_heads, slots, TILE, head_dim) for _ in range(2)]
     plan_step = int(expiry.shape[0] > 1)
     pre, post = _score_factors(scale, softcap)
     flags = _flags(query, key, floor, softcap)
-    chunks = {name: flags[name] for name in ("TILE", "HEAD_DIM", "D0", "D1")}
+    shape = _shape(head_dim, configs.head_chunks(head_dim))
     inputs = (query, key, value, grad_out)
     strides = [stride for x in inputs for stride in x.stride()[:3]]
     with torch.cuda.device_of(query):
@@ -160,48 +160,54 @@ def backward(
             heads,
             tokens,
             HAS_GRAD_LSE=grad_lse is not None,
-            **chunks,
+            **shape,
             BLOCK_M=ROWS,
             num_warps=4,
+            **FUSED,
         )
         config = _config("dkdv", query)
-        kernels._bwd_dkdv_kernel[batch * kv_heads, 2 * n * (TILE // config.block_n)](
-            *inputs,
-            lse2,
-            delta,
-            grad_key,
-            grad_value,
-            *work,
-            expiry,
-            floor,
-            col_offsets,
-            col_partial,
-            col_tiles,
-            *items,
-            *strides,
-            heads,
-            tokens,
-            plan_step,
-            pre,
-            post,
-            scale,
-            **flags,
-            **_blocks(config),
-            **_options(config),
-        )
-        kernels._bwd_sum_kernel[batch * kv_heads, n * (TILE // ROWS)](
-            *work,
-            grad_key,
-            grad_value,
-            col_first_slot,
-            col_slots,
-            kv_heads,
-            tokens,
-            plan_step,
-            **chunks,
-            BLOCK_N=ROWS,
-            num_warps=4,
-        )
+        chunks, accumulated = configs.dkdv_chunks(head_dim)
+        for chunk in accumulated:
+            kernels._bwd_dkdv_kernel[batch * kv_heads, 2 * n * (TILE // config.block_n)](
+                *inputs,
+                lse2,
+                delta,
+                grad_key,
+                grad_value,
+                *work,
+                expiry,
+                floor,
+                col_offsets,
+                col_partial,
+                col_tiles,
+                *items,
+                *strides,
+                heads,
+                tokens,
+                plan_step,
+                pre,
+                post,
+                scale,
+                **flags,
+                **_shape(head_dim, chunks),
+                CHUNK=chunk,
+                **_cut(config),
+            )
+        if slots:
+            kernels._bwd_sum_kernel[batch * kv_heads, n * (TILE // ROWS)](
+                *work,
+                grad_key,
+                grad_value,
+                col_first_slot,
+                col_slots,
+                kv_heads,
+                tokens,
+                plan_step,
+                **shape,
+                BLOCK_N=ROWS,
+                num_warps=4,
+                **FUSED,
+            )
         config = _config("dq", query)
         kernels._bwd_dq_kernel[batch * heads, n * (TILE // config.block_m)](
             *inputs,
@@ -219,7 +225,7 @@ def backward(
             post,
             scale,
             **flags,
-            **_blocks(config),
-            **_options(config),
+            **shape,
+            **_cut(config),
         )
     return grad_query, grad_key, grad_value

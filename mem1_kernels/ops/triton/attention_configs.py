@@ -1,6 +1,8 @@
-"""Block shapes of the attention kernels, by GPU generation, head_dim and dtype.
+"""Block shapes of the attention kernels, by GPU generation, head_dim, dtype and pass.
 
-Plain data: nothing is imported, nothing is tuned at import or at a call.
+Plain data: nothing is imported but types, and nothing is timed at import or at a call. Of each list
+the first entry ships; the rest are what a tuning run has to choose from. Every entry compiles
+for its GPUs without a spill and within their shared memory (python_tests/test_sm90_compile.py).
 """
 
 from __future__ import annotations
@@ -9,39 +11,120 @@ from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """How one pass is cut: block sizes in tokens, all dividing 128, warps, and pipeline stages."""
+    """How one pass is cut. All block sizes are in tokens and divide a plan's tile of 128."""
 
     block_m: int
     """Queries in a block."""
     block_n: int
     """Keys in a block."""
     part: int
-    """Tokens a step takes on the inner side in a partial tile, where masks need registers too."""
+    """Tokens that the inner side takes a step in partial tiles, where masks need registers too."""
     num_warps: int
+    """At most block / 16 of the outer side, or the tensor cores compute the same rows twice."""
     num_stages: int
+    """Steps that loads run ahead, plus one."""
 
 
-HEAD_DIMS = (64, 128, 256)
+Passes = dict[str, list[Config]]
 
+# Up to this head_dim: what each pass may use, the shipped one first.
+Table = dict[int, Passes]
 
-def head_chunks(head_dim: int) -> tuple[int, int]:
-    """head_dim as one or two powers of two >= 16, the second 0 if one does; the sum may exceed it.
+HOPPER_16_BIT: Table = {
+    64: {
+        "fwd": [Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 3)],
+        "dkdv": [Config(64, 128, 32, 8, 3), Config(64, 128, 32, 8, 2)],
+        "dq": [Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)],
+    },
+    128: {
+        "fwd": [Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)],
+        "dkdv": [Config(64, 128, 32, 8, 2), Config(32, 128, 32, 8, 3)],
+        "dq": [Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)],
+    },
+    192: {
+        "fwd": [Config(128, 64, 32, 8, 3), Config(128, 64, 32, 8, 2)],
+        "dkdv": [Config(32, 128, 32, 8, 2)],
+        "dq": [Config(128, 64, 32, 8, 2)],
+    },
+    256: {
+        "fwd": [Config(128, 64, 32, 8, 2)],
+        "dkdv": [Config(32, 128, 32, 8, 2)],
+        "dq": [Config(128, 32, 32, 8, 2)],
+    },
+}
 
-    >>> [head_chunks(d) for d in (16, 24, 80, 96, 104, 192)]
-    [(16, 0), (32, 0), (64, 16), (64, 32), (128, 0), (128, 64)]
-    """
-    first = 1 << (head_dim.bit_length() - 1)
-    rest = head_dim - first
-    second = max(16, 1 << (rest - 1).bit_length()) if rest else 0
-    return (2 * first, 0) if second == first else (first, second)
+# Within the 99 KiB a block of the smallest GPUs since Ampere has.
+OTHERS_16_BIT: Table = {
+    128: {
+        "fwd": [Config(64, 64, 32, 4, 2)],
+        "dkdv": [Config(32, 64, 32, 4, 2)],
+        "dq": [Config(64, 32, 32, 4, 2)],
+    },
+    256: {
+        "fwd": [Config(64, 32, 16, 4, 2)],
+        "dkdv": [Config(16, 64, 16, 4, 2)],
+        "dq": [Config(64, 16, 16, 4, 2)],
+    },
+}
 
-
-_TABLE = {
-    (9, 2, "fwd"): {128: Config(128, 128, 64, 8, 3)},
-    (9, 2, "dkdv"): {128: Config(64, 128, 32, 8, 2)},
-    (9, 2, "dq"): {128: Config(128, 128, 64, 8, 2)},
+# Exact products have no tensor core: operands live in registers, so blocks are small.
+FLOAT_32: Table = {
+    64: {
+        "fwd": [Config(64, 32, 32, 8, 2)],
+        "dkdv": [Config(32, 64, 32, 8, 2)],
+        "dq": [Config(64, 32, 32, 8, 2)],
+    },
+    128: {
+        "fwd": [Config(32, 32, 32, 16, 2)],
+        "dkdv": [Config(32, 32, 32, 8, 2)],
+        "dq": [Config(32, 32, 32, 16, 2)],
+    },
+    256: {
+        "fwd": [Config(32, 16, 16, 8, 2)],
+        "dkdv": [Config(16, 16, 16, 4, 2)],
+        "dq": [Config(32, 16, 16, 8, 2)],
+    },
 }
 
 
-def select(pass_name: str, major: int, head_dim: int, itemsize: int) -> Config:
-    return Config(64, 64, 32, 4, 2)
+def candidates(pass_name: str, generation: int, head_dim: int, itemsize: int) -> list[Config]:
+    """What a pass ("fwd", "dkdv" or "dq") may use, the shipped one first.
+
+    Args:
+        generation: the GPU's compute capability, major number.
+        itemsize: bytes of the inputs' dtype, 2 or 4.
+
+    >>> candidates("fwd", 9, 128, 2)[0]
+    Config(block_m=128, block_n=128, part=64, num_warps=8, num_stages=3)
+    """
+    table = FLOAT_32 if itemsize == 4 else HOPPER_16_BIT if generation == 9 else OTHERS_16_BIT
+    return table[min(size for size in table if head_dim <= size)][pass_name]
+
+
+def select(pass_name: str, generation: int, head_dim: int, itemsize: int) -> Config:
+    """The shipped configuration of a pass."""
+    return candidates(pass_name, generation, head_dim, itemsize)[0]
+
+
+def head_chunks(head_dim: int, widest: int = 256) -> tuple[int, int]:
+    """head_dim as one or two powers of two from 16 to `widest`; of these the last may be padded.
+
+    >>> [head_chunks(d) for d in (16, 24, 80, 96, 104, 192)]
+    [(16, 0), (32, 0), (64, 16), (64, 32), (128, 0), (128, 64)]
+    >>> head_chunks(256, widest=128)
+    (128, 128)
+    """
+    first = min(widest, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - first
+    second = max(16, 1 << (rest - 1).bit_length()) if rest else 0
+    return (2 * first, 0) if second == first < widest else (first, second)
+
+
+def dkdv_chunks(head_dim: int) -> tuple[tuple[int, int], list[int | None]]:
+    """Chunks for dK/dV, and which of them each launch accumulates (None: all of them).
+
+    Above 128, dK and dV of one block do not fit into registers together, so that there is a launch
+    for each chunk, and each computes the scores again.
+    """
+    chunks = head_chunks(head_dim, widest=128)
+    return chunks, [None] if head_dim <= 128 else [0, 1]

@@ -307,8 +307,28 @@ def _bwd_preprocess_kernel(
 
 
 @triton.jit
+def _chunk(x, CHUNK: tl.constexpr):
+    if CHUNK is None:
+        return x
+    else:
+        return (x[CHUNK],)
+
+
+@triton.jit
 def _dkdv_step(
-    k, v, q, do, dk, dv, lse2_ptrs, delta_ptrs, pre, post, seen, HAS_SOFTCAP: tl.constexpr
+    k,
+    v,
+    q,
+    do,
+    dk,
+    dv,
+    lse2_ptrs,
+    delta_ptrs,
+    pre,
+    post,
+    seen,
+    HAS_SOFTCAP: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """One block of queries into dK (before scale) and dV; scores are [keys, queries] here."""
     y = _scores(k, q, pre, HAS_SOFTCAP)
@@ -317,7 +337,7 @@ def _dkdv_step(
     if seen is not None:
         p = tl.where(seen, p, 0.0)
     ds = _score_grads(p, y, dp, tl.load(delta_ptrs)[None, :], HAS_SOFTCAP)
-    return _add_dot(dk, ds, q), _add_dot(dv, p, do)
+    return _add_dot(dk, ds, _chunk(q, CHUNK)), _add_dot(dv, p, _chunk(do, CHUNK))
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "plan_step"])
@@ -369,9 +389,11 @@ def _bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PART: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """BLOCK_N keys of one work item and kv head, over its queries in all GROUP query heads.
 
+    With a CHUNK, only for that chunk of head_dim: above 128 dK and dV do not both fit in registers.
     A whole column goes to dk and dv; a piece of a split one to work_dk and work_dv, fp32
     [batch, kv_heads, n, 128, head_dim], for `_bwd_sum_kernel`.
     """
@@ -409,8 +431,8 @@ def _bwd_dkdv_kernel(
     expiry = tl.load(expiry_ptr + plan * tokens + keys, mask=keys < tokens, other=0)
     k = _load_rows(k_ptr, offs_n, stride_kt, expiry > keys, HEAD_DIM, D0, D1)
     v = _load_rows(v_ptr, offs_n, stride_vt, expiry > keys, HEAD_DIM, D0, D1)
-    dk = _zeros(BLOCK_N, D0, D1)
-    dv = _zeros(BLOCK_N, D0, D1)
+    dk = _chunk(_zeros(BLOCK_N, D0, D1), CHUNK)
+    dv = _chunk(_zeros(BLOCK_N, D0, D1), CHUNK)
 
     tile = _next_tile(col_tiles_ptr, 0, count, 1)
     offs_p = tl.arange(0, PART)
@@ -431,7 +453,7 @@ def _bwd_dkdv_kernel(
         do = _load_rows(do_block, offs_p, stride_dot, sees, HEAD_DIM, D0, D1)
         seen = _visible(rows[None, :], keys[:, None], expiry[:, None], floor[None, :], HAS_FLOOR)
         dk, dv = _dkdv_step(
-            k, v, q, do, dk, dv, lse2_ptrs, delta_ptrs, pre, post, seen, HAS_SOFTCAP
+            k, v, q, do, dk, dv, lse2_ptrs, delta_ptrs, pre, post, seen, HAS_SOFTCAP, CHUNK
         )
     offs_m = tl.arange(0, BLOCK_M)
     for step in tl.range(partial * (SUB_M * GROUP), count * (SUB_M * GROUP)):
@@ -445,22 +467,23 @@ def _bwd_dkdv_kernel(
         q = _load_rows(q_block, offs_m, stride_qt, None, HEAD_DIM, D0, D1)
         do = _load_rows(do_block, offs_m, stride_dot, None, HEAD_DIM, D0, D1)
         dk, dv = _dkdv_step(
-            k, v, q, do, dk, dv, lse2_ptrs, delta_ptrs, pre, post, None, HAS_SOFTCAP
+            k, v, q, do, dk, dv, lse2_ptrs, delta_ptrs, pre, post, None, HAS_SOFTCAP, CHUNK
         )
 
     # Read again, so that the addresses of the gradients occupy no registers during the loops.
     first = tl.load(item_ptr) * TILE + sub * BLOCK_N
     keep = first + offs_n < tokens
     dk = _scaled(dk, scale)
+    skip: tl.constexpr = D0 if CHUNK == 1 else 0
     slot = tl.load(item_slot_ptr + plan * (2 * n) + item)
     if slot < 0:
-        at = ((b * tokens + first) * kv_heads + h) * HEAD_DIM
-        _store_rows(dk_ptr + at, offs_n, kv_heads * HEAD_DIM, keep, dk, HEAD_DIM, D0)
-        _store_rows(dv_ptr + at, offs_n, kv_heads * HEAD_DIM, keep, dv, HEAD_DIM, D0)
+        at = ((b * tokens + first) * kv_heads + h) * HEAD_DIM + skip
+        _store_rows(dk_ptr + at, offs_n, kv_heads * HEAD_DIM, keep, dk, HEAD_DIM - skip, D0)
+        _store_rows(dv_ptr + at, offs_n, kv_heads * HEAD_DIM, keep, dv, HEAD_DIM - skip, D0)
     else:
-        at = ((lane * n + slot) * TILE + sub * BLOCK_N) * HEAD_DIM
-        _store_rows(work_dk_ptr + at, offs_n, HEAD_DIM, keep, dk, HEAD_DIM, D0)
-        _store_rows(work_dv_ptr + at, offs_n, HEAD_DIM, keep, dv, HEAD_DIM, D0)
+        at = ((lane * n + slot) * TILE + sub * BLOCK_N) * HEAD_DIM + skip
+        _store_rows(work_dk_ptr + at, offs_n, HEAD_DIM, keep, dk, HEAD_DIM - skip, D0)
+        _store_rows(work_dv_ptr + at, offs_n, HEAD_DIM, keep, dv, HEAD_DIM - skip, D0)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "tokens", "plan_step"])
