@@ -36,6 +36,8 @@ def released_layout(layout: Layout) -> Layout:
     """The packed row under the released mask: each of its trajectories by `mem1_release`."""
     trajectories: list[list[Segment]] = []
     for span in layout.spans:
+        if span.start == span.stop:
+            continue
         document = int(layout.document[span.start])
         if document == len(trajectories):
             trajectories.append([])

@@ -1108,7 +1108,7 @@ def train(
     """
     accelerator = accelerator or Accelerator(
         mixed_precision="bf16" if config.bf16 else None,
-        log_with=[name for name in config.trackers.split(",") if name],
+        log_with=config.trackers.split(",") if config.trackers else None,
         project_dir=config.out,
     )
     if accelerator.num_processes > 1 and not accelerator.is_main_process:
