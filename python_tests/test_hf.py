@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
@@ -462,6 +463,26 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         )
     for name, gradient in plain.items():
         assert_close(checkpointed[name], gradient, 1e-6)
+
+
+class PlansBuilt(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.mem1.block_plan.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_plans_are_derived_once_a_pass_and_kind_of_layer() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model, ids = build("gemma3", num_hidden_layers=4, layer_types=kinds).train(), ids_for(40)
+    model.gradient_checkpointing_enable()
+    plan = BlockPlan.from_expiry(torch.full((40,), 40))
+    with hf.patched(model):
+        for options, expected in (({"plan": plan}, 1), ({}, 2)):
+            with PlansBuilt() as built:
+                model(ids, use_cache=False, **options).logits.sum().backward()
+            assert built.count == expected
 
 
 def test_peft_lora() -> None:
