@@ -4,8 +4,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -44,6 +46,33 @@ inline SlotTensor slot_tensor(const at::Tensor& tensor, int64_t first_element, i
   return result;
 }
 
+// One tensor of a list. Its name is spelled out only when a check fails: there are many layers.
+struct Listed {
+  const at::Tensor& tensor;
+  const char* list;
+  size_t index;
+
+  std::string name() const { return std::string(list) + "[" + std::to_string(index) + "]"; }
+
+  // `expected` has -1 where any size will do.
+  void check(at::IntArrayRef expected, const char* layout, const at::Tensor& keep) const {
+    bool fits = tensor.dim() == static_cast<int64_t>(expected.size());
+    for (size_t d = 0; fits && d < expected.size(); ++d) {
+      fits = expected[d] < 0 || tensor.size(d) == expected[d];
+    }
+    TORCH_CHECK_VALUE(fits, name(), ": expected shape ", expected, " ", layout,
+                      ", -1 for any, got ", tensor.sizes());
+    TORCH_CHECK_VALUE(tensor.device() == keep.device(), name(), ": expected device ", keep.device(),
+                      " (that of keep), got ", tensor.device());
+  }
+
+  void check_dense_last() const {
+    TORCH_CHECK_VALUE(tensor.size(-1) <= 1 || tensor.stride(-1) == 1, name(),
+                      ": expected a contiguous last dimension, got strides ", tensor.strides(),
+                      " for shape ", tensor.sizes());
+  }
+};
+
 // keys, values: [batch, kv_heads, capacity, head_dim]; slots: [batch, capacity].
 inline PruneArgs prune_args(at::TensorList keys, at::TensorList values, const at::Tensor& lengths,
                             const at::Tensor& keep, at::TensorList slots,
@@ -79,13 +108,10 @@ inline PruneArgs prune_args(at::TensorList keys, at::TensorList values, const at
   bool turns = false;
   for (size_t layer = 0; layer < keys.size(); ++layer) {
     for (const bool is_key : {true, false}) {
-      const at::Tensor& tensor = is_key ? keys[layer] : values[layer];
-      const std::string label = (is_key ? "keys[" : "values[") + std::to_string(layer) + "]";
-      const char* name = label.c_str();
-      check_dim(tensor, name, 4, kLayout);
-      check_shape(tensor, name, {batch, tensor.size(1), capacity, tensor.size(3)}, kLayout);
-      check_device(tensor, name, keep, "keep");
-      check_last_dim_contiguous(tensor, name);
+      const Listed listed{is_key ? keys[layer] : values[layer], is_key ? "keys" : "values", layer};
+      const at::Tensor& tensor = listed.tensor;
+      listed.check({batch, -1, capacity, -1}, kLayout, keep);
+      listed.check_dense_last();
       const int64_t head_dim = tensor.size(3);
       if (tensor.numel() == 0) continue;
       int64_t pairs = 0;
@@ -96,11 +122,11 @@ inline PruneArgs prune_args(at::TensorList keys, at::TensorList values, const at
         check_contiguous(steps, "rope_steps");
         check_device(steps, "rope_steps", keep, "keep");
         pairs = steps.size(0);
-        TORCH_CHECK_VALUE(2 * pairs <= head_dim, name, ": expected head_dim of at least ",
+        TORCH_CHECK_VALUE(2 * pairs <= head_dim, listed.name(), ": expected head_dim of at least ",
                           2 * pairs, " (two to a frequency), got ", head_dim);
         if (pairs > 0) {
-          check_activation_dtype(tensor, name);
-          TORCH_CHECK_TYPE(!turns || tensor.scalar_type() == args.key_type, name,
+          check_activation_dtype(tensor, listed.name().c_str());
+          TORCH_CHECK_TYPE(!turns || tensor.scalar_type() == args.key_type, listed.name(),
                            ": expected dtype ", args.key_type, " like the other keys, got ",
                            tensor.scalar_type());
           turns = true;
@@ -116,9 +142,7 @@ inline PruneArgs prune_args(at::TensorList keys, at::TensorList values, const at
     }
   }
   for (size_t i = 0; i < slots.size(); ++i) {
-    const std::string name = "slots[" + std::to_string(i) + "]";
-    check_shape(slots[i], name.c_str(), {batch, capacity}, "[batch, capacity]");
-    check_device(slots[i], name.c_str(), keep, "keep");
+    Listed{slots[i], "slots", i}.check({batch, capacity}, "[batch, capacity]", keep);
     if (slots[i].numel() > 0) args.tensors.push_back(slot_tensor(slots[i], 0, 1, 0, 1, -1));
   }
   return args;
@@ -186,22 +210,17 @@ inline PagedPruneArgs paged_prune_args(at::TensorList keys, at::TensorList value
   args.capacity = static_cast<int>(std::min(keep.size(1), max_pages * page_size));
   for (size_t layer = 0; layer < keys.size(); ++layer) {
     for (const bool is_key : {true, false}) {
-      const at::Tensor& tensor = is_key ? keys[layer] : values[layer];
-      const std::string label = (is_key ? "keys[" : "values[") + std::to_string(layer) + "]";
-      const char* name = label.c_str();
-      check_dim(tensor, name, 4, kLayout);
-      check_shape(tensor, name, {pages, page_size, tensor.size(2), tensor.size(3)}, kLayout);
-      check_device(tensor, name, keep, "keep");
-      check_last_dim_contiguous(tensor, name);
+      const Listed listed{is_key ? keys[layer] : values[layer], is_key ? "keys" : "values", layer};
+      const at::Tensor& tensor = listed.tensor;
+      listed.check({pages, page_size, -1, -1}, kLayout, keep);
+      listed.check_dense_last();
       if (tensor.numel() > 0) {
         args.tensors.push_back(slot_tensor(tensor, 0, tensor.size(3), 0, 1, 2));
       }
     }
   }
   for (size_t i = 0; i < slots.size(); ++i) {
-    const std::string name = "slots[" + std::to_string(i) + "]";
-    check_shape(slots[i], name.c_str(), {pages, page_size}, "[pages, page_size]");
-    check_device(slots[i], name.c_str(), keep, "keep");
+    Listed{slots[i], "slots", i}.check({pages, page_size}, "[pages, page_size]", keep);
     if (slots[i].numel() > 0) args.tensors.push_back(slot_tensor(slots[i], 0, 1, 0, 1, -1));
   }
   return args;

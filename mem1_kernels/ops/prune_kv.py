@@ -61,8 +61,9 @@ def prune_kv_(
     Raises:
         TypeError: a dtype that is not as above.
         ValueError: shapes, devices or strides that do not fit, tensors that overlap in memory or
-            require gradients, position_delta without rope or the reverse, a rope that does not fit
-            the keys, and, on the CPU, a length outside `0 .. capacity`. Nothing is written then.
+            that require gradients while they are recorded, position_delta without rope or the
+            reverse, a rope that does not fit the keys, and, on the CPU, a length outside
+            `0 .. capacity`. Nothing is written then.
 
     >>> keys = torch.arange(6.0).reshape(1, 1, 6, 1)
     >>> lengths = torch.tensor([5], dtype=torch.int32)
@@ -206,12 +207,12 @@ _MOST_CHECKED = 256
 
 
 def _signature(call: tuple, tensors: Sequence[Tensor]) -> tuple | None:
-    """Everything that the checks depend on; None where tensors have no addresses yet."""
+    """Everything that the checks depend on; None where they cannot be left out."""
     if torch.compiler.is_compiling() or not all(isinstance(x, Tensor) for x in tensors):
         return None
-    return call, *(
-        (x.data_ptr(), x.dtype, x.shape, x.stride(), x.device, x.requires_grad) for x in tensors
-    )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None
+    return call, *((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)
 
 
 def _remember(signature: tuple | None) -> None:
@@ -393,7 +394,7 @@ def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     if torch.compiler.is_compiling():
         return  # tensors have no addresses yet
     for name, x in written.items():
-        if x.requires_grad:
+        if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"{name}: requires gradients, and pruning is not differentiable")
     check_disjoint(written, read)
 

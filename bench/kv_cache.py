@@ -1,0 +1,275 @@
+"""KV-cache ops: pruning against gathers and the device's copy rate.
+
+    python -m bench.kv_cache --device cpu --batch 1 --survivors 356
+    python -m bench.kv_cache --device cuda --out results.json
+
+A row is `prompt | dropped turn | state and action`, as at a state boundary; `survivors` counts the
+first and the last part. Two layouts: `mem1` (556 dropped, the 56 tokens behind them survive, the
+rest is prompt) and `all move` (as many dropped as survive, no prompt: the most moves there can be).
+
+The work of a prune is its moved bytes, read and written: `2 * moves * batch * bytes a token`.
+`of copy` is the rate of moving against that of one plain copy of the same bytes in the same round,
+`over ours` a peer's time over the prune's.
+
+Peers: `index_select` and `gather` (Hugging Face's and kvpress's ways: survivors go to new tensors,
+layer by layer), `cat` (slices of the parts, for one contiguous hole), `copy` (the device's rate).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.timing import measure, print_row, write_results
+from mem1_kernels.ops._library import implementations
+from mem1_kernels.ops.kv_cache import Rope, prune_kv_, prune_paged_kv_
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's cache holds of a token."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        item = torch.empty(0, dtype=dtype).element_size()
+        return 2 * self.layers * self.kv_heads * self.head_dim * item
+
+
+MODELS = {"qwen2.5-7b": Shape(28, 4, 128), "qwen2.5-14b": Shape(48, 8, 128)}
+DROPPED, STATE_AND_ACTION = 556, 56
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PAGE_SIZE = 16
+# The device's memory that the caches may take; gathers and copies take as much again.
+CACHE_BYTES = {"cpu": 3 * 2**30, "cuda": 40 * 2**30}
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Tokens of a row's three parts."""
+
+    prompt: int
+    dropped: int
+    tail: int
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.dropped + self.tail
+
+    @property
+    def moves(self) -> int:
+        return min(self.dropped, self.tail)
+
+
+def row_layout(kind: str, survivors: int) -> RowLayout:
+    if kind == "all move":
+        return RowLayout(0, survivors, survivors)
+    tail = min(STATE_AND_ACTION, survivors)
+    return RowLayout(survivors - tail, DROPPED, tail)
+
+
+def prune_row(
+    model: str, kind: str, batch: int, survivors: int, args: argparse.Namespace
+) -> dict[str, Any] | None:
+    """One line of the table, or None where the caches would not fit."""
+    shape, row, dtype = MODELS[model], row_layout(kind, survivors), DTYPES[args.dtype]
+    capacity = (row.length + 63) // 64 * 64
+    token_bytes = shape.token_bytes(dtype)
+    if batch * capacity * token_bytes > args.cache_bytes:
+        return None
+    cache_shape = (batch, shape.kv_heads, capacity, shape.head_dim)
+
+    def cache() -> list[Tensor]:
+        return [torch.randn(cache_shape, device=args.device).to(dtype) for _ in range(shape.layers)]
+
+    keys, values = cache(), cache()
+    lengths = torch.full((batch,), row.length, dtype=torch.int32, device=args.device)
+    keep = torch.ones(batch, capacity, dtype=torch.bool, device=args.device)
+    keep[:, row.prompt : row.prompt + row.dropped] = False
+    slots = [torch.arange(batch * capacity, device=args.device).int().reshape(batch, capacity)]
+    rope = Rope(1e6 ** -(torch.arange(0, shape.head_dim, 2, device=args.device) / shape.head_dim))
+    delta = torch.zeros(batch, capacity, dtype=torch.int32, device=args.device)
+    delta[:, row.prompt :] = -row.dropped
+    kept = keep[0, : row.length].nonzero()[:, 0]
+    gathered = kept[None, None, :, None].expand(batch, shape.kv_heads, -1, shape.head_dim)
+    moved = row.moves * batch * token_bytes
+    source = torch.ones(moved, dtype=torch.uint8, device=args.device)
+    target = torch.zeros_like(source)
+    behind = row.prompt + row.dropped
+
+    def prune(**options: Any) -> Callable[[], None]:
+        return lambda: prune_kv_(keys, values, lengths, keep, slots=slots, **options)
+
+    ours: dict[str, Callable[[], Any]] = {
+        "prune": prune(),
+        "ordered": prune(ordered=True),
+        "rotated": prune(position_delta=delta, rope=rope),
+    }
+    if args.device == "cuda" and "Triton" not in implementations["prune_kv_", "CUDA"]:
+        from mem1_kernels.ops.triton import prune_kv as triton_prune
+
+        ours["triton"] = lambda: triton_prune.prune_kv_(
+            keys, values, lengths, keep, slots, False, None, [], False
+        )
+    peers: dict[str, Callable[[], Any]] = {
+        "index_select": lambda: [x.index_select(2, kept) for x in (*keys, *values)],
+        "gather": lambda: [x.gather(2, gathered) for x in (*keys, *values)],
+        "cat": lambda: [
+            torch.cat((x[:, :, : row.prompt], x[:, :, behind : row.length]), 2)
+            for x in (*keys, *values)
+        ],
+        "copy": lambda: target.copy_(source),
+    }
+    candidates: dict[str, Callable[[], Any]] = {}
+    for name, run in ours.items():
+        candidates[f"reset for {name}"] = lambda: lengths.fill_(row.length)
+        candidates[name] = run
+    candidates |= peers
+    times = measure(
+        candidates, device=args.device, rounds=args.rounds, seconds=args.seconds, warmup=1
+    )
+    result: dict[str, Any] = {
+        "model": model,
+        "layout": kind,
+        "batch": batch,
+        "survivors": survivors,
+        "moves": row.moves,
+        "moved_mb": moved / 1e6,
+        "gb_s": 2 * moved / times["prune"].median / 1e9,
+        "of_copy": times["copy"].over(times["prune"]),
+        "ordered_of_copy": times["copy"].over(times["ordered"]),
+    }
+    for name in (*ours, *peers):
+        result[f"{name}_ms"] = 1e3 * times[name].median
+        result[name] = times[name].row()
+        if name != "prune":
+            result[f"{name}_over_ours"] = times[name].over(times["prune"])
+    return result
+
+
+PRUNE_COLUMNS = [
+    "model", "layout", "batch", "survivors", "moves", "moved_mb", "prune_ms", "gb_s", "of_copy",
+    "ordered_of_copy", "ordered_over_ours", "rotated_over_ours", "index_select_over_ours",
+    "gather_over_ours", "cat_over_ours",
+]  # fmt: skip
+
+
+def run_prune(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    print_row({name: name for name in PRUNE_COLUMNS}, PRUNE_COLUMNS)
+    for model in args.models:
+        for kind in ("mem1", "all move"):
+            for batch in args.batch:
+                for survivors in args.survivors:
+                    row = prune_row(model, kind, batch, survivors, args)
+                    if row is not None:
+                        rows.append({"part": "prune", **row})
+                        print_row(row, PRUNE_COLUMNS)
+    return rows
+
+
+PAGED_COLUMNS = ["model", "batch", "tokens", "dropped", "pages_freed", "paged_ms", "dense_moves_ms"]
+
+
+def paged_row(
+    model: str, batch: int, dropped: int, args: argparse.Namespace
+) -> dict[str, Any] | None:
+    """A paged row loses `dropped` tokens behind 300 of prompt; 56 stay behind them."""
+    shape, dtype = MODELS[model], DTYPES[args.dtype]
+    row = RowLayout(300, dropped, STATE_AND_ACTION)
+    max_pages = -(-row.length // PAGE_SIZE)
+    if batch * max_pages * PAGE_SIZE * shape.token_bytes(dtype) > args.cache_bytes:
+        return None
+    page_shape = (batch * max_pages, 2, PAGE_SIZE, shape.kv_heads, shape.head_dim)
+    pages = [torch.randn(page_shape, device=args.device).to(dtype) for _ in range(shape.layers)]
+    keys, values = [x[:, 0] for x in pages], [x[:, 1] for x in pages]
+    first_table = torch.randperm(batch * max_pages).int().reshape(batch, max_pages)
+    first_table = first_table.to(args.device)
+    table, freed = first_table.clone(), torch.empty_like(first_table)
+    lengths = torch.full((batch,), row.length, dtype=torch.int32, device=args.device)
+    counts = torch.empty_like(lengths)
+    keep = torch.ones(batch, row.length, dtype=torch.bool, device=args.device)
+    keep[:, row.prompt : row.prompt + row.dropped] = False
+
+    def reset() -> None:
+        lengths.fill_(row.length)
+        table.copy_(first_table)
+
+    moved = torch.ones(row.moves * batch * shape.token_bytes(dtype), dtype=torch.uint8)
+    moved = moved.to(args.device)
+    target = torch.zeros_like(moved)
+    times = measure(
+        {
+            "reset": reset,
+            "paged": lambda: prune_paged_kv_(
+                keys, values, table, lengths, keep, freed=freed, freed_counts=counts
+            ),
+            "copy": lambda: target.copy_(moved),
+        },
+        device=args.device,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        warmup=1,
+    )
+    return {
+        "model": model,
+        "batch": batch,
+        "tokens": row.length,
+        "dropped": dropped,
+        "pages_freed": int(counts[0]),
+        "paged_ms": 1e3 * times["paged"].median,
+        "dense_moves_ms": 1e3 * times["copy"].median,
+        "paged": times["paged"].row(),
+    }
+
+
+def run_paged(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """`dense_moves_ms`: a plain copy of as many bytes as a dense row's hole filling would move."""
+    rows = []
+    print_row({name: name for name in PAGED_COLUMNS}, PAGED_COLUMNS)
+    for model in args.models:
+        for batch in args.batch:
+            for dropped in (DROPPED, 4 * DROPPED, 16 * DROPPED):
+                row = paged_row(model, batch, dropped, args)
+                if row is not None:
+                    rows.append({"part": "paged", **row})
+                    print_row(row, PAGED_COLUMNS)
+    return rows
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "prune": run_prune,
+    "paged": run_paged,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256])
+    parser.add_argument("--survivors", nargs="+", type=int, default=[100, 356, 1000, 4000])
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=4.0, help="at most, for each line")
+    parser.add_argument("--cache-bytes", type=int, help="largest cache that is tried")
+    parser.add_argument("--out", help="JSON file for the results")
+    args = parser.parse_args()
+    if args.cache_bytes is None:
+        args.cache_bytes = CACHE_BYTES[args.device]
+    with torch.inference_mode():
+        rows = [row for part in args.parts for row in PARTS[part](args)]
+    if args.out:
+        write_results(args.out, args.device, rows)
+
+
+if __name__ == "__main__":
+    main()
