@@ -24,11 +24,10 @@ class BlockPlan:
     (in no list) when none is, else *partial*. Make one with `from_expiry` and pass it to
     `trajectory_attention` in every layer and step of that layout.
 
-    All fields are int32 on the device of `expiry`; P is 1 (one layout for the whole batch) or the
-    batch size, n = ceil(tokens / 128):
+    `expiry` `[P, tokens]` and `floor` (the same, or None) are int32, P being 1 (one layout for the
+    whole batch) or the batch size. `lists` is one int32 tensor, so that compiled code sees a single
+    size; `rows` and `columns` are views of it. With n = ceil(tokens / 128) they are
 
-        expiry          [P, tokens]
-        floor           [P, tokens] or None
         row_order       [P, n]          query tiles, most work first
         row_offsets     [P, n + 1]      where each query tile's list starts in row_tiles
         row_partial     [P, n]          its partial tiles come first; how many they are
@@ -48,20 +47,7 @@ class BlockPlan:
 
     expiry: Tensor
     floor: Tensor | None
-    row_order: Tensor
-    row_offsets: Tensor
-    row_partial: Tensor
-    row_tiles: Tensor
-    col_order: Tensor
-    col_offsets: Tensor
-    col_partial: Tensor
-    col_tiles: Tensor
-    item_column: Tensor
-    item_begin: Tensor
-    item_end: Tensor
-    item_slot: Tensor
-    col_first_slot: Tensor
-    col_slots: Tensor
+    lists: Tensor
 
     @staticmethod
     def from_expiry(expiry: Tensor, floor: Tensor | None = None) -> BlockPlan:
@@ -75,7 +61,8 @@ class BlockPlan:
             TypeError, ValueError: another dtype, rank or shape; no tokens.
 
         >>> plan = BlockPlan.from_expiry(torch.full((300,), 300))
-        >>> plan.row_offsets.tolist(), plan.row_partial.tolist()
+        >>> order, offsets, partial, tiles = plan.rows
+        >>> offsets.tolist(), partial.tolist()
         ([[0, 1, 3, 6]], [[1, 1, 3]])
         """
         check_expiry(expiry, floor)
@@ -84,7 +71,7 @@ class BlockPlan:
         expiry = torch.atleast_2d(expiry).to(torch.int32).contiguous()
         if floor is not None:
             floor = torch.atleast_2d(floor).to(torch.int32).contiguous()
-        return BlockPlan(expiry, floor, *torch.ops.mem1.block_plan(expiry, floor))
+        return BlockPlan(expiry, floor, torch.ops.mem1.block_plan(expiry, floor))
 
     @property
     def tokens(self) -> int:
@@ -94,23 +81,24 @@ class BlockPlan:
     @property
     def rows(self) -> list[Tensor]:
         """What the forward reads: row_order, row_offsets, row_partial, row_tiles."""
-        return [self.row_order, self.row_offsets, self.row_partial, self.row_tiles]
+        return self._views()[:4]
 
     @property
     def columns(self) -> list[Tensor]:
         """What dK and dV read: the lists by key tile, the work items and the split columns."""
-        return [
-            self.col_order,
-            self.col_offsets,
-            self.col_partial,
-            self.col_tiles,
-            self.item_column,
-            self.item_begin,
-            self.item_end,
-            self.item_slot,
-            self.col_first_slot,
-            self.col_slots,
-        ]
+        return self._views()[4:]
+
+    def _views(self) -> list[Tensor]:
+        layouts, tokens = self.expiry.shape
+        views, start = [], 0
+        for width in list_widths(tokens):
+            views.append(self.lists.as_strided((layouts, width), (width, 1), start))
+            start += aligned(layouts * width)
+        return views
+
+    def named(self) -> dict[str, Tensor]:
+        """Every list by its name above."""
+        return dict(zip(NAMES, self._views(), strict=True))
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """This plan on another device."""
@@ -121,21 +109,42 @@ class BlockPlan:
         return BlockPlan(**moved)  # type: ignore[arg-type]
 
 
-def build_lists(expiry: Tensor, floor: Tensor | None) -> list[Tensor]:
-    """`mem1::block_plan` in plain torch: the rows and columns of a BlockPlan, in field order.
+NAMES = (
+    *("row_order", "row_offsets", "row_partial", "row_tiles"),
+    *("col_order", "col_offsets", "col_partial", "col_tiles"),
+    *("item_column", "item_begin", "item_end", "item_slot", "col_first_slot", "col_slots"),
+)
+
+
+def aligned(count: int) -> int:
+    """Room for `count` entries: a list starts at 16 bytes, which Triton compiles its loads for."""
+    return (count + 3) // 4 * 4
+
+
+def list_widths(tokens: int) -> list[int]:
+    """Entries a layout of each list, in the order of NAMES."""
+    n = (tokens + BLOCK - 1) // BLOCK
+    lists = [n, n + 1, n, n * (n + 1) // 2]
+    return [*lists, *lists, 2 * n, 2 * n, 2 * n, 2 * n, n, n]
+
+
+def build_lists(expiry: Tensor, floor: Tensor | None) -> Tensor:
+    """`mem1::block_plan` in plain torch: all lists of a BlockPlan behind each other, int32.
 
     Works on `[P, n, n]` tile pairs, never on token pairs; no value is read on the host.
     """
     full, any_visible = _classify(expiry, floor)
     rows = _lists(full, any_visible)
     columns = _lists(full.mT, any_visible.mT)
-    return [*rows, *columns, *_work_items(*columns)]
+    parts = [part.flatten() for part in (*rows, *columns, *_work_items(*columns))]
+    padded = [torch.nn.functional.pad(x, (0, aligned(len(x)) - len(x))) for x in parts]
+    return torch.cat(padded)
 
 
 def _classify(expiry: Tensor, floor: Tensor | None) -> tuple[Tensor, Tensor]:
     """bool `[P, query tiles, key tiles]` each: every pair visible; perhaps some pair visible."""
     layouts, tokens = expiry.shape
-    n = -(-tokens // BLOCK)
+    n = (tokens + BLOCK - 1) // BLOCK
     token = torch.arange(n * BLOCK, dtype=torch.int32, device=expiry.device)
 
     def tiled(values: Tensor, tail: int) -> Tensor:

@@ -57,7 +57,7 @@ def test_random_expiry_floor_and_softcap(tokens, dtype):
 def test_split_prompt_columns_and_determinism():
     expiry = turns(256, 40, 40, 16, 200).expiry.cuda()
     plan = BlockPlan.from_expiry(expiry)
-    assert int(plan.col_slots.max()) > 1
+    assert int(plan.named()["col_slots"].max()) > 1
     inputs = make_inputs(1, len(expiry), 4, 2, 64, torch.bfloat16)
     check(inputs, expiry)
     first, second = run(inputs, plan), run(inputs, plan)
@@ -87,8 +87,7 @@ def test_plan_is_the_cpu_plan_and_needs_no_sync():
         got = BlockPlan.from_expiry(device_expiry, device_floor)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for name, value in vars(want).items():
-        assert torch.equal(getattr(got, name).cpu(), value), name
+    assert torch.equal(got.lists.cpu(), want.lists)
 
 
 def test_forward_and_backward_need_no_sync():

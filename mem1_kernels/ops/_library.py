@@ -18,7 +18,7 @@ from mem1_kernels.ops import reference
 
 library = torch.library.Library("mem1", "DEF")
 
-library.define("block_plan(Tensor expiry, Tensor? floor) -> Tensor[]")
+library.define("block_plan(Tensor expiry, Tensor? floor) -> Tensor")
 library.define("window_floor(Tensor expiry, Tensor position_ids, int window) -> Tensor")
 library.define(
     "trajectory_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor expiry, Tensor? floor, "
@@ -186,12 +186,10 @@ else:
 
 
 @torch.library.register_fake("mem1::block_plan")
-def _(expiry, floor) -> list[Tensor]:
+def _(expiry, floor) -> Tensor:
     layouts, tokens = expiry.shape
-    n = (tokens + block_plan.BLOCK - 1) // block_plan.BLOCK
-    lists = [n, n + 1, n, n * (n + 1) // 2]
-    items = [2 * n, 2 * n, 2 * n, 2 * n, n, n]
-    return [expiry.new_empty(layouts, size) for size in (*lists, *lists, *items)]
+    widths = block_plan.list_widths(tokens)
+    return expiry.new_empty(sum(block_plan.aligned(layouts * width) for width in widths))
 
 
 @torch.library.register_fake("mem1::window_floor")
