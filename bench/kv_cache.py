@@ -261,8 +261,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=4.0, help="at most, for each line")
     parser.add_argument("--cache-bytes", type=int, help="largest cache that is tried")
+    parser.add_argument("--quick", action="store_true", help="one model, few shapes, 5 rounds")
     parser.add_argument("--out", help="JSON file for the results")
     args = parser.parse_args()
+    if args.quick:
+        args.models, args.batch, args.survivors = ["qwen2.5-7b"], [1, 8], [356, 1000]
+        args.rounds = 5
     if args.cache_bytes is None:
         args.cache_bytes = CACHE_BYTES[args.device]
     with torch.inference_mode():

@@ -31,46 +31,40 @@ template __global__ void prune_paged_kv_kernel<512>(const __grid_constant__ Page
 KERNELS = {"prune_kv": 18}
 
 
-@pytest.fixture(scope="module", params=UNITS)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """Name, what ptxas says of each kernel, and the cubin."""
+@pytest.mark.parametrize("name", UNITS)
+def test_no_spills_no_local_memory_wide_accesses(name: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")
-    folder = tmp_path_factory.mktemp(request.param)
-    source, cubin = folder / "unit.cu", folder / "unit.cubin"
-    source.write_text(UNITS[request.param])
+    source, cubin = tmp_path / "unit.cu", tmp_path / "unit.cubin"
+    source.write_text(UNITS[name])
     command = [nvcc, "-std=c++17", "-O3", SM_90A, "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
     result = subprocess.run(
         [*command, str(source), "-o", str(cubin)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     said = re.split(r"Compiling entry function '(\w+)'", result.stderr)[1:]
-    return request.param, dict(zip(said[::2], said[1::2], strict=True)), cubin
-
-
-def test_no_spills_and_no_local_memory(compiled) -> None:
-    name, kernels, _ = compiled
+    kernels = dict(zip(said[::2], said[1::2], strict=True))
     assert len(kernels) == KERNELS[name]
-    for kernel, said in kernels.items():
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, (
-            kernel,
-            said,
-        )
-        print(kernel, re.search(r"Used \d+ registers", said)[0])
+    for kernel, text in kernels.items():
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, kernel
+        registers = re.search(r"Used \d+ registers", text)
+        print(kernel, registers[0] if registers else text)
+
+    code = machine_code(cubin)
+    assert code.keys() == kernels.keys()
+    for kernel, text in code.items():
+        assert not re.search(r"\b(LDL|STL)\b", text), f"{kernel} uses local memory"
+        assert re.search(r"\bLDG\.E\.128", text), f"{kernel} reads no 16 bytes at a time"
+        assert re.search(r"\bSTG\.E\.128", text), f"{kernel} writes no 16 bytes at a time"
 
 
-def test_wide_accesses_and_nothing_local_in_the_machine_code(compiled) -> None:
-    name, kernels, cubin = compiled
+def machine_code(cubin: Path) -> dict[str, str]:
+    """Each kernel's SASS."""
     nvdisasm = shutil.which("nvdisasm")
     if nvdisasm is None:
         backend = pytest.importorskip("triton.backends.nvidia", reason="needs nvdisasm")
         nvdisasm = str(Path(backend.__path__[0]) / "bin" / "nvdisasm")
     code = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True)
     sections = re.split(r"\.section\s+\.text\.(\w+)", code.stdout)[1:]
-    by_kernel = dict(zip(sections[::2], sections[1::2], strict=True))
-    assert by_kernel.keys() == kernels.keys()
-    for kernel, text in by_kernel.items():
-        assert not re.search(r"\b(LDL|STL)\b", text), f"{kernel} uses local memory"
-        if name == "prune_kv":
-            assert re.search(r"\bLDG\.E\.128", text) and re.search(r"\bSTG\.E\.128", text), kernel
+    return dict(zip(sections[::2], sections[1::2], strict=True))
