@@ -58,7 +58,8 @@ def patch(model: Model) -> Model:
             any head, or a module that wraps one. Of a multimodal model the text decoder is patched.
 
     Returns:
-        The same model. Nothing but this model changes; `unpatch` undoes it exactly.
+        The same model. Nothing but this model changes (and models built on the very same config
+        object, by which transformers chooses the attention); `unpatch` undoes it exactly.
 
     Raises:
         ValueError: no transformers model in it, or several, or one that is patched already; an
