@@ -244,7 +244,7 @@ def test_rotation(kernels: ctypes.CDLL, dtype: torch.dtype, layout: str, ordered
 
 @pytest.mark.parametrize("kind", PAGED_KINDS)
 def test_paged_bytes(kernels: ctypes.CDLL, kind: str) -> None:
-    sizes = [(1, 90), (2, 6), (3, 50), (16, 7), (64, 30), (128, 3)]
+    sizes = [(1, 90), (2, 6), (3, 50), (16, 300), (64, 30), (128, 3)]
     for seed, (page_size, max_pages) in enumerate(sizes):
         for keep_share in (0.1, 0.6, 0.97):
             batch = 3

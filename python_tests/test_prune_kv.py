@@ -635,6 +635,18 @@ def test_opcheck() -> None:
         )
 
 
+def test_compiled_without_a_graph_break() -> None:
+    arguments, same = good_call(), good_call()
+    compiled = torch.compile(call_prune, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(arguments)
+    call_prune(same)
+    for name in ("keys", "values", "slots"):
+        for x, y in zip(arguments[name], same[name], strict=True):
+            assert_same_bytes(x, y, name)
+    assert torch.equal(arguments["lengths"], same["lengths"])
+
+
 def test_memory_check_against_marked_bytes() -> None:
     """No overlap is missed, and views as caches have them are told apart."""
     generator = torch.Generator().manual_seed(0)

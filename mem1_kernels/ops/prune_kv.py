@@ -401,4 +401,5 @@ def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
 
 def _mark_written(*written: Tensor) -> None:
     """Tells autograd, so that a backward pass through what was overwritten raises."""
-    torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
+    if not torch.compiler.is_compiling():  # compiled code does that by itself
+        torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])

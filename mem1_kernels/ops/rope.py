@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 LAYOUTS = ("half", "interleaved")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rope:
     """The frequencies by which keys were rotated, for rotating them again by a difference.
 
@@ -31,6 +30,9 @@ class Rope:
         layout: "half": element `i` turns with `i + rotary_dim / 2` (Llama, Qwen, Gemma);
             "interleaved": `2 i` with `2 i + 1` (GLM, GPT-J).
 
+    Attributes:
+        steps: what the kernels read, int64 `[rotary_dim / 2]`, one tensor or one a layer.
+
     Raises:
         TypeError: a frequency tensor that is not float32 or float64.
         ValueError: a shape, a layout or a frequency that is not as above.
@@ -41,13 +43,17 @@ class Rope:
 
     inv_freq: Tensor | Sequence[Tensor]
     layout: str = "half"
+    # The frequencies as int64, in units of 2^-64 turns a position, whole turns left out: an integer
+    # product with a position wraps at whole turns, so angles stay exact however far a key moves.
+    steps: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {LAYOUTS}, got {self.layout!r}")
-        if not self._tensors:
+        tensors = (self.inv_freq,) if isinstance(self.inv_freq, Tensor) else tuple(self.inv_freq)
+        if not tensors:
             raise ValueError("inv_freq: expected at least one tensor, got none")
-        for x in self._tensors:
+        for x in tensors:
             if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
                 got = x.dtype if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(f"inv_freq: expected float32 or float64 tensors, got {got}")
@@ -55,19 +61,7 @@ class Rope:
                 raise ValueError(f"inv_freq: expected [rotary_dim / 2], got {list(x.shape)}")
             if not x.isfinite().all():
                 raise ValueError("inv_freq: expected finite frequencies")
-
-    @property
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return (self.inv_freq,) if isinstance(self.inv_freq, Tensor) else tuple(self.inv_freq)
-
-    @cached_property
-    def steps(self) -> list[Tensor]:
-        """The frequencies as int64, in units of 2^-64 turns a position; whole turns left out.
-
-        An integer product with a position wraps at whole turns, so angles stay exact however far
-        a key moves. One tensor for all layers or one a layer, on inv_freq's device.
-        """
-        return [_turn_steps(x) for x in self._tensors]
+        object.__setattr__(self, "steps", [_turn_steps(x) for x in tensors])
 
     @classmethod
     def from_parameters(
