@@ -142,6 +142,7 @@ class TrajectoryRollout:
         respond: Respond,
         *,
         generator: torch.Generator | None = None,
+        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
     ) -> list[Rollout]:
         """Runs every prompt to its end and returns a Rollout for each, in order.
 
@@ -149,6 +150,7 @@ class TrajectoryRollout:
             prompts: token ids of each row's prompt, none of them empty.
             respond: called after each turn with the rows that are still going.
             generator: for sampling; torch's default one unless given.
+            on_tokens: called with a row and the ids just sampled in it, while a turn is written.
 
         Raises:
             ValueError: no prompts or an empty one, replies for the wrong number of rows, or a
@@ -167,7 +169,7 @@ class TrajectoryRollout:
                     for row in active:
                         driver.drop_before(row, Segment("state", 0, number))
                     driver.feed()
-                    self._write_turn(driver, active, number, generator)
+                    self._write_turn(driver, active, number, generator, on_tokens)
                     active = self._observe(driver, active, respond, last=number == self.max_turns)
                     if not active:
                         break
@@ -181,6 +183,7 @@ class TrajectoryRollout:
         active: Sequence[_Row],
         number: int,
         generator: torch.Generator | None,
+        on_tokens: Callable[[int, Sequence[int]], None] | None,
     ) -> None:
         writing = list(active)
         for row in active:
@@ -198,6 +201,8 @@ class TrajectoryRollout:
                 turn.token_ids.append(token)
                 row.log_probs.append(log_prob)
                 row.pending.append(token)
+                if on_tokens is not None:
+                    on_tokens(row.index, [token])
                 turn.closed = self._stops(turn.token_ids)
                 if not turn.closed:
                     still.append(row)

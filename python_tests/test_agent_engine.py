@@ -1,0 +1,241 @@
+"""Engines: the same turns from each, and exactly what a masked forward pass scores."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from agent_models import completions, greedy_writer, make_model, make_tokenizer
+from local_server import serve
+
+from mem1_kernels import keep_all, keep_last, mem1, mem1_release
+from mem1_kernels.agent.engine import EngineError, Generation, HFEngine, ServerEngine
+from mem1_kernels.rollout import collate, score
+
+PROMPTS = [[5, 9, 11, 7, 30, 8], [6, 7], list(range(10, 27))]
+LAST_TURNS = [5, 1, 3]
+GENERATION = Generation(
+    max_turns=6,
+    max_new_tokens=9,
+    stop_ids=(3, 44),
+    state_tokens=lambda ids: len(ids) // 2,
+    temperature=1.0,
+    seed=4,
+)
+
+
+def world(turns):
+    """Observations of 0 to 6 tokens; row r ends after its own last turn."""
+    return [
+        None if turn.number >= LAST_TURNS[turn.row] else [50 + turn.number] * (turn.number * 2 % 7)
+        for turn in turns
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(len(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def server(model, tokenizer):
+    with serve(completions(greedy_writer(model, tokenizer))) as running:
+        yield running
+
+
+def engine_for(server, tokenizer=None, **options) -> ServerEngine:
+    return ServerEngine(f"{server.url}/v1", "tiny", tokenizer, **options)
+
+
+@torch.no_grad()
+def largest_difference(model, rollouts) -> float:
+    layout, sampled = collate(rollouts)
+    return float((score(model, layout) - sampled).abs().max())
+
+
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+@pytest.mark.parametrize("policy", [mem1, keep_all, keep_last(2)], ids=lambda p: p.__name__)
+def test_in_process_rollouts_score_as_they_were_sampled(model, positions, policy):
+    engine = HFEngine(model, positions=positions)
+    rollouts = engine.run(PROMPTS, world, replace(GENERATION, retention=policy))
+    assert [len(rollout.turns) for rollout in rollouts] == LAST_TURNS
+    assert {rollout.positions for rollout in rollouts} == {positions}
+    assert largest_difference(model, rollouts) <= 2e-5
+    again = engine.run(PROMPTS, world, replace(GENERATION, retention=policy))
+    assert torch.equal(again[0].trajectory.token_ids, rollouts[0].trajectory.token_ids)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("policy", [mem1, keep_last(2)], ids=lambda p: p.__name__)
+def test_a_server_writes_what_reprefill_in_process_writes(
+    model, tokenizer, server, streamed, policy
+):
+    generation = replace(
+        GENERATION, temperature=0.0, retention=policy, stop_strings=(tokenizer.decode([66]),)
+    )
+    here = HFEngine(model, tokenizer, positions="reprefill").run(PROMPTS, world, generation)
+    heard: dict[int, list[int]] = {row: [] for row in range(len(PROMPTS))}
+    there = engine_for(server, tokenizer).run(
+        PROMPTS, world, generation, (lambda row, ids: heard[row].extend(ids)) if streamed else None
+    )
+    for ours, theirs in zip(here, there, strict=True):
+        assert theirs.trajectory.segments == ours.trajectory.segments
+        assert torch.equal(theirs.trajectory.expiry, ours.trajectory.expiry)
+        assert theirs.turns == ours.turns
+        assert theirs.positions == "reprefill"
+        assert theirs.peak_tokens <= ours.peak_tokens <= ours.trajectory.peak_context
+    assert largest_difference(model, there) <= 2e-5
+    written = [[i for turn in rollout.turns for i in turn.token_ids] for rollout in there]
+    assert list(heard.values()) == (written if streamed else [[], [], []])
+
+
+def test_tokens_are_told_of_while_they_are_sampled_in_process(model):
+    heard: dict[int, list[int]] = {row: [] for row in range(len(PROMPTS))}
+    rollouts = HFEngine(model).run(
+        PROMPTS, world, GENERATION, lambda row, ids: heard[row].extend(ids)
+    )
+    assert list(heard.values()) == [
+        [i for turn in rollout.turns for i in turn.token_ids] for rollout in rollouts
+    ]
+
+
+def test_a_server_gets_the_live_ids_and_none_of_its_own_sampling_defaults(tokenizer):
+    def write(prompt, asked):
+        return [7, 8, 44], [-1.0, -2.0, -3.0], "stop"
+
+    with serve(completions(write)) as server:
+        (rollout,) = engine_for(server, tokenizer, workers=1).run(
+            [[5, 6]],
+            lambda turns: [[60, 61] if turns[0].number < 4 else None],
+            replace(GENERATION, stop_strings=("</answer>",), temperature=0.7),
+        )
+    asked = [request.json for request in server.requests]
+    turn = [7, 8, 44, 60, 61]
+    assert [a["prompt"] for a in asked] == [[5, 6]] + [[5, 6, *turn]] * 3
+    expected = {
+        "model": "tiny",
+        "max_tokens": 9,
+        "logprobs": 1,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "return_token_ids": True,
+        "stop_token_ids": [3, 44],
+        "stop": ["</answer>"],
+    }
+    assert expected.items() <= asked[0].items()
+    assert len({a["seed"] for a in asked}) == 4
+    assert rollout.log_probs[rollout.trajectory.loss_mask].tolist() == [-1.0, -2.0, -3.0] * 4
+    assert rollout.peak_tokens == 2 + 5 + 3
+
+
+def test_a_turn_cut_by_the_limit_is_marked(server):
+    generation = replace(GENERATION, stop_ids=(), max_new_tokens=2, temperature=0.0)
+    for engine in (HFEngine(make_model(420)), engine_for(server)):
+        for rollout in engine.run(PROMPTS, world, generation):
+            assert [turn.closed for turn in rollout.turns] == [False] * len(rollout.turns)
+            assert {len(turn.token_ids) for turn in rollout.turns} == {2}
+
+
+def one_choice(**changes):
+    choice = {
+        "index": 0,
+        "text": "x",
+        "finish_reason": "stop",
+        "token_ids": [7],
+        "logprobs": {"token_logprobs": [-1.0], "tokens": ["x"]},
+    }
+    return {
+        "id": "1",
+        "object": "text_completion",
+        "created": 1,
+        "model": "tiny",
+        "choices": [choice | changes],
+    }
+
+
+REPLIES = {
+    "answers in text only": one_choice(token_ids=None),
+    "a log-prob for each of 1 tokens, got 0": one_choice(logprobs=None),
+    "sent 6 tokens, it read 2": one_choice(prompt_token_ids=[1, 2]),
+    "got finish_reason 'abort'": one_choice(finish_reason="abort"),
+    "expected at least one token": one_choice(text="", token_ids=[], logprobs=None),
+    "model 'tiny': status 404: .*no such model": (404, {"error": {"message": "no such model"}}),
+}
+
+
+@pytest.mark.parametrize("message", REPLIES)
+def test_replies_that_cannot_be_used_say_why(message):
+    with serve(lambda request: REPLIES[message]) as server:
+        with pytest.raises(EngineError, match=message):
+            engine_for(server).run([PROMPTS[0]], world, GENERATION)
+    assert len(server.requests) == 1
+
+
+def test_a_busy_server_is_asked_again():
+    replies = iter([(503, {"error": "busy"}), one_choice(token_ids=[7])])
+    with serve(lambda request: next(replies)) as server:
+        (rollout,) = engine_for(server).run([[4]], lambda turns: [None], GENERATION)
+    assert len(server.requests) == 2
+    assert rollout.trajectory.token_ids.tolist() == [4, 7]
+
+
+def test_no_server_and_no_answer_in_time():
+    with serve(lambda request: time.sleep(0.3) or one_choice()) as server:
+        with pytest.raises(EngineError, match="no answer in time"):
+            engine_for(server, timeout=0.05, retries=0).run([[4]], world, GENERATION)
+    with pytest.raises(EngineError, match=f"server {server.url}/v1: no connection"):
+        engine_for(server, retries=0).run([[4]], world, GENERATION)
+
+
+def test_policies_that_a_server_cannot_follow(server):
+    engine = engine_for(server)
+    with pytest.raises(ValueError, match="without floors, got 'mem1_release'"):
+        engine.run(PROMPTS, world, replace(GENERATION, retention=mem1_release))
+
+    def fickle(segments):
+        end = len(segments)
+        return [
+            index + 1 if s.role == "info" and end < 6 and index + 1 < end else end
+            for index, s in enumerate(segments)
+        ]
+
+    with pytest.raises(ValueError, match="never take back"):
+        engine.run(PROMPTS[:1], world, replace(GENERATION, retention=fickle))
+
+
+ERRORS = {
+    "base_url: expected an address": ("localhost:8000", {}),
+    "timeout: expected more than 0": ("http://x/v1", {"timeout": 0}),
+    "retries: expected at least 0, got -1": ("http://x/v1", {"retries": -1}),
+    "workers: expected at least 1, got 0": ("http://x/v1", {"workers": 0}),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_server_arguments(message):
+    url, options = ERRORS[message]
+    with pytest.raises(ValueError, match=message):
+        ServerEngine(url, "tiny", **options)
+
+
+def test_other_arguments(model, server):
+    with pytest.raises(ValueError, match="positions: expected 'kept' or 'reprefill', got 'both'"):
+        HFEngine(model, positions="both")
+    for prompts in ([], [[1], []]):
+        with pytest.raises(ValueError, match="prompts: expected at least one"):
+            engine_for(server).run(prompts, world, GENERATION)
+    with pytest.raises(ValueError, match="respond: expected 1 replies, got 2"):
+        engine_for(server).run([[1]], lambda turns: [None, None], GENERATION)
+    too_many = replace(GENERATION, state_tokens=lambda ids: 99)
+    with pytest.raises(ValueError, match="state_tokens: expected 0 to"):
+        engine_for(server).run([[1]], world, too_many)
