@@ -314,8 +314,7 @@ class MemoryEfficientAgent:
                     "model: with a server, expected the name that it serves, got a "
                     f"{type(self.model).__name__}"
                 )
-            tokenizer = self.tokenizer or _load(self.model, "AutoTokenizer")
-            return ServerEngine(kind, self.model, tokenizer)
+            return ServerEngine(kind, self.model, self._load_tokenizer())
         positions: Any = "kept" if kind == "pruned" else "reprefill"
         if not named:
             return HFEngine(self.model, self.tokenizer, positions=positions)
@@ -323,8 +322,14 @@ class MemoryEfficientAgent:
 
         model = _load(self.model, "AutoModelForCausalLM", dtype="auto")
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        tokenizer = self.tokenizer or _load(self.model, "AutoTokenizer")
-        return HFEngine(model, tokenizer, positions=positions)
+        return HFEngine(model, self._load_tokenizer(), positions=positions)
+
+    def _load_tokenizer(self) -> Any:
+        """The tokenizer of a model that is named; none where the environment speaks token ids."""
+        speaks_ids = isinstance(self._make().tags.stops[0], int)
+        if self.tokenizer is not None or speaks_ids:
+            return self.tokenizer
+        return _load(self.model, "AutoTokenizer")
 
 
 def _load(name: str, kind: str, **options: Any) -> Any:
@@ -438,7 +443,7 @@ class _Episodes:
         if agent.on_text is not None and text:
             stream = _Stream(self.codec.decode, self.places, agent.on_text)
         with tqdm(
-            total=self.max_turns, desc="turns", unit="turn", disable=not agent.progress
+            total=self.max_turns, desc="turns", unit="turn", leave=False, disable=not agent.progress
         ) as self.bar:
             rollouts = self.engine.run(
                 prompts, self.respond(stream), generation, stream.add if stream else None

@@ -1,0 +1,392 @@
+"""The paper's table: `python -m mem1_kernels.agent.evaluate MODEL`.
+
+For 2, 4, 8, 16 objectives: EM, F1, peak tokens, dependency, compression and seconds, of the pruned
+cache, of the full context and of re-prefill, as a table, JSON and a plot. By default the questions
+and the corpus are the World Factbook's; `--data` and `--corpus` bring others, and `--task chain`
+measures a model of the small token tasks, whose objectives are hops.
+
+EM and F1 are sums over the objectives and everything is a mean over episodes, as published. Tokens
+are the model's own; peak tokens leave the prompt out, as published, and `cache` is what was held
+with it. Seconds are wall time by episode; with `--batch 1` they are those of one episode alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mem1_kernels.agent.agent import MemoryEfficientAgent, Result, resolve_model
+from mem1_kernels.agent.engine import HFEngine
+from mem1_kernels.agent.metrics import compression, dependency, exact_match, f1, peak_tokens
+from mem1_kernels.agent.qa import QATask, RetrievalQA, compose, load_questions
+from mem1_kernels.agent.retrieval import BM25, RetrievalServer
+from mem1_kernels.agent.tasks import ChainTask, LookupTask, TableEnvironment
+from mem1_kernels.trajectory import Retention, keep_all, mem1
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to run the agent: an engine ("server" stands for its address) and a policy."""
+
+    engine: str
+    retention: Retention
+
+
+MODES = {
+    "pruned": Mode("pruned", mem1),
+    "full": Mode("pruned", keep_all),
+    "reprefill": Mode("reprefill", mem1),
+    "server": Mode("server", mem1),
+    "server-full": Mode("server", keep_all),
+}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """One line of the table: means over episodes.
+
+    Args:
+        mode: a key of `MODES`; objectives, episodes: how many.
+        em, f1: summed over an episode's objectives; None where nothing is scored so.
+        peak_tokens, dependency, compression: as published; None where no episode counts.
+        cache_tokens: the most tokens held at once, the prompt included.
+        turns: how many.
+        seconds: wall time divided by the episodes run side by side.
+        errors: how many episodes ended before their time.
+    """
+
+    mode: str
+    objectives: int
+    episodes: int
+    em: float | None
+    f1: float | None
+    peak_tokens: float | None
+    dependency: float | None
+    compression: float | None
+    cache_tokens: float
+    turns: float
+    seconds: float
+    errors: int
+
+
+def measure(
+    results: Sequence[Result],
+    *,
+    mode: str,
+    objectives: int,
+    seconds: float,
+    released: bool = False,
+) -> Measures:
+    """What the results come to.
+
+    Args:
+        results: of one mode and one number of objectives.
+        seconds: of an episode.
+        released: as the released script has it: its normalization, a state counted twice, nothing
+            behind the tenth turn, and the peak of those episodes only that score. It counts
+            tokens by another model's tokenizer, which this does not follow.
+
+    Raises:
+        ValueError: no results.
+    """
+    if not results:
+        raise ValueError("results: expected at least one, got none")
+    full = MODES[mode].retention is keep_all
+    turns = [[turn.tokens for turn in result.turns] for result in results]
+    scores = [_scores(result, released) for result in results]
+    counted = [
+        tokens
+        for tokens, (em, _) in zip(turns, scores, strict=True)
+        if tokens and not (released and not em)
+    ]
+    played = [tokens for tokens in turns if tokens]
+    options = {"full_context": full, "released": released}
+    return Measures(
+        mode=mode,
+        objectives=objectives,
+        episodes=len(results),
+        em=_mean([em for em, _ in scores]),
+        f1=_mean([word for _, word in scores]),
+        peak_tokens=_mean([peak_tokens(tokens, **options) for tokens in counted]),
+        dependency=_mean([dependency(tokens, **options) for tokens in played]),
+        compression=_mean([compression(tokens, **options) for tokens in played]),
+        cache_tokens=statistics.fmean(result.peak_tokens for result in results),
+        turns=statistics.fmean(len(tokens) for tokens in turns),
+        seconds=seconds,
+        errors=sum(bool(result.error) for result in results),
+    )
+
+
+def _scores(result: Result, released: bool) -> tuple[float | None, float | None]:
+    """EM and F1, summed over the objectives; an episode that never answered has 0."""
+    task = result.task
+    if isinstance(task, QATask):
+        if task.golden_answers is None:
+            return None, None
+        pairs = list(zip(result.answers, task.golden_answers, strict=True))
+        em = sum(exact_match(said, gold, released=released) for said, gold in pairs)
+        return em, sum(f1(said, gold, released=released) for said, gold in pairs)
+    return float(sum(result.scores.get("em", [0.0]))), None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def evaluate(
+    make_agent: Callable[[str], MemoryEfficientAgent],
+    draw: Callable[[int], Sequence[Any]],
+    *,
+    modes: Sequence[str] = ("pruned", "full", "reprefill"),
+    objectives: Sequence[int] = (2, 4, 8, 16),
+    batch: int = 8,
+    max_turns: int = 20,
+    released: bool = False,
+    report: Callable[[Measures], None] = lambda line: None,
+) -> list[Measures]:
+    """Runs every mode on the same tasks.
+
+    Args:
+        make_agent: the agent for a mode (a key of `MODES`).
+        draw: the tasks for a number of objectives.
+        batch: episodes side by side.
+        max_turns: of an episode; never fewer than one an objective and one for the answer.
+        released: see `measure`.
+        report: called with every line as soon as it is known.
+
+    Raises:
+        ValueError: an unknown mode, no objectives, or a batch of none.
+    """
+    unknown = [mode for mode in modes if mode not in MODES]
+    if unknown or not modes:
+        raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {list(modes)}")
+    if not objectives or min(objectives) < 1:
+        raise ValueError(f"objectives: expected numbers from 1, got {list(objectives)}")
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
+    lines = []
+    tasks = {count: list(draw(count)) for count in objectives}
+    for mode in modes:
+        agent = make_agent(mode)
+        agent.run(tasks[objectives[0]][:1], max_turns=1)  # what is done once is not timed
+        for count in objectives:
+            results: list[Result] = []
+            started = time.perf_counter()
+            for at in range(0, len(tasks[count]), batch):
+                results += agent.run(
+                    tasks[count][at : at + batch], max_turns=max(max_turns, count + 1)
+                )
+            seconds = (time.perf_counter() - started) / len(results)
+            line = measure(results, mode=mode, objectives=count, seconds=seconds, released=released)
+            lines.append(line)
+            report(line)
+    return lines
+
+
+COLUMNS = (
+    ("objectives", "obj", 3, "{}"),
+    ("mode", "mode", 11, "{}"),
+    ("em", "EM", 6, "{:.3f}"),
+    ("f1", "F1", 6, "{:.3f}"),
+    ("peak_tokens", "peak", 6, "{:.0f}"),
+    ("dependency", "depend.", 8, "{:.2e}"),
+    ("compression", "compr.", 6, "{:.3f}"),
+    ("cache_tokens", "cache", 6, "{:.0f}"),
+    ("turns", "turns", 5, "{:.1f}"),
+    ("seconds", "seconds", 7, "{:.2f}"),
+    ("errors", "errors", 6, "{}"),
+)
+
+
+def table(lines: Sequence[Measures]) -> str:
+    """The lines as a table, by objectives and then as the modes came.
+
+    >>> line = Measures("pruned", 2, 8, 0.7, None, 640.0, 52000.0, 0.33, 920.0, 5.5, 1.25, 0)
+    >>> print(table([line]))
+    obj mode            EM     F1   peak  depend. compr.  cache turns seconds errors
+      2 pruned       0.700      -    640 5.20e+04  0.330    920   5.5    1.25      0
+    """
+
+    def cell(value: Any, heading: str, width: int, form: str) -> str:
+        text = "-" if value is None else form.format(value)
+        return text.ljust(width) if heading == "mode" else text.rjust(width)
+
+    rows = [" ".join(cell(heading, heading, width, "{}") for _, heading, width, _ in COLUMNS)]
+    for line in sorted(lines, key=lambda line: line.objectives):
+        values = (cell(getattr(line, name), h, width, form) for name, h, width, form in COLUMNS)
+        rows.append(" ".join(values))
+    return "\n".join(rows)
+
+
+def plot(lines: Sequence[Measures], path: str | Path) -> None:
+    """Draws EM, peak tokens, dependency and seconds over the objectives, a curve a mode."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = {
+        "em": "EM, summed over objectives",
+        "peak_tokens": "peak tokens, without the prompt",
+        "dependency": "dependency",
+        "seconds": "seconds an episode",
+    }
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for mode in dict.fromkeys(line.mode for line in lines):
+            points = sorted(
+                (line.objectives, value)
+                for line in lines
+                if line.mode == mode and (value := getattr(line, name)) is not None
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=mode)
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({line.objectives for line in lines})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlabel("objectives")
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mem1_kernels.agent.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", help="a Hugging Face id, a path, mem1-7b, or the name that the server serves")
+    add("--task", choices=("qa", "chain", "lookup"), default="qa")
+    add("--data", default="factbook", help="questions: .jsonl, .parquet, or factbook")
+    add("--hops", type=int, default=1, help="look-ups a factbook question takes, 1 to 4")
+    add("--corpus", default="factbook", help=".jsonl, a retrieval server's address, or factbook")
+    add("--topk", type=int, default=3, help="passages a search")
+    add("--objectives", type=int, nargs="+", help="2 4 8 16; chain: 2 4 8 16 32")
+    add("--modes", nargs="+", choices=list(MODES), help="which lines; all that --server allows")
+    add("--server", help="address of an OpenAI-compatible server, such as http://host:8000/v1")
+    add("--episodes", type=int, default=16, help="episodes a line")
+    add("--batch", type=int, default=8, help="episodes side by side")
+    add("--max-turns", type=int, default=20)
+    add("--max-new-tokens", type=int, default=512)
+    add("--max-info-tokens", type=int, default=600)
+    add("--temperature", type=float, default=0.0)
+    add("--seed", type=int, default=0, help="of the choice of tasks and of sampling")
+    add("--released", action="store_true", help="count and score as the released script does")
+    add("--out", type=Path, default=Path("evaluation"), help="folder for the JSON and the plot")
+    return parser.parse_args(arguments)
+
+
+def _tasks(options: argparse.Namespace) -> tuple[Any, Callable[[int], Sequence[Any]]]:
+    """The environment and the tasks that the options say."""
+    if options.task != "qa":
+        kind = ChainTask if options.task == "chain" else LookupTask
+
+        def sample(count: int) -> list[Any]:
+            rng = random.Random(f"{options.seed}/{count}")
+            return [kind.sample(count, rng) for _ in range(options.episodes)]
+
+        return TableEnvironment, sample
+    book = None
+    if "factbook" in (options.data, options.corpus):
+        from mem1_kernels.agent.factbook import Factbook
+
+        book = Factbook()
+    retriever: Any
+    if book and options.data == "factbook":
+        questions = book.questions(options.hops)
+    else:
+        questions = load_questions(options.data)
+    if book and options.corpus == "factbook":
+        retriever = BM25(book.passages)
+    elif options.corpus.startswith(("http://", "https://")):
+        retriever = RetrievalServer(options.corpus)
+    else:
+        retriever = BM25.from_jsonl(options.corpus)
+    environment = RetrievalQA(retriever, topk=options.topk)
+    return environment, lambda count: compose(questions, count, seed=options.seed)[
+        : options.episodes
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Measures]:
+    """The command line."""
+    options = _parse(arguments)
+    if options.episodes < 1:
+        raise SystemExit(f"--episodes: expected at least 1, got {options.episodes}")
+    modes = options.modes or (
+        ["server", "server-full"] if options.server else ["pruned", "full", "reprefill"]
+    )
+    if any(MODES[mode].engine == "server" for mode in modes) and not options.server:
+        raise SystemExit("--modes: server and server-full need --server")
+    hops = options.task == "chain"
+    limit = 9 if options.task == "lookup" else None
+    objectives = options.objectives or [2, 4, 8, *([] if limit else [16]), *([32] if hops else [])]
+    environment, draw = _tasks(options)
+    settings: dict[str, Any] = {
+        "environment": environment,
+        "max_new_tokens": options.max_new_tokens,
+        "max_info_tokens": options.max_info_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
+    loaded: dict[str, Any] = {}
+
+    def make_agent(name: str) -> MemoryEfficientAgent:
+        mode = MODES[name]
+        if mode.engine == "server":
+            return MemoryEfficientAgent(
+                options.model, engine=options.server, retention=mode.retention, **settings
+            )
+        if not loaded:
+            engine = MemoryEfficientAgent(options.model, **settings).engine
+            assert isinstance(engine, HFEngine)
+            loaded.update(model=engine.model, tokenizer=engine.tokenizer)
+        return MemoryEfficientAgent(
+            engine=mode.engine, retention=mode.retention, **loaded, **settings
+        )
+
+    print(f"{resolve_model(options.model)}, {options.task}, {options.episodes} episodes a line")
+    lines = evaluate(
+        make_agent,
+        draw,
+        modes=modes,
+        objectives=objectives,
+        batch=options.batch,
+        max_turns=options.max_turns,
+        released=options.released,
+        report=lambda line: print(table([line]).splitlines()[1], flush=True),
+    )
+    print("\n" + table(lines))
+    options.out.mkdir(parents=True, exist_ok=True)
+    plot(lines, options.out / "evaluation.png")
+    said = {name: str(value) if name == "out" else value for name, value in vars(options).items()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    record = {
+        "options": said,
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lines": [asdict(line) for line in lines],
+    }
+    path = options.out / "evaluation.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"{path}, {options.out / 'evaluation.png'}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
