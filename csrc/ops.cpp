@@ -75,6 +75,8 @@ pybind11::dict build_info() {
 TORCH_LIBRARY_IMPL(mem1, CPU, library) {
   add(library, "CPU", "trajectory_attention_fwd", &mem1::trajectory_attention_fwd_cpu);
   add(library, "CPU", "trajectory_attention_bwd", &mem1::trajectory_attention_bwd_cpu);
+  add(library, "CPU", "append_kv_", &mem1::append_kv_cpu);
+  add(library, "CPU", "cached_attention", &mem1::cached_attention_cpu);
   add(library, "CPU", "prune_kv_", &mem1::prune_kv_cpu);
   add(library, "CPU", "prune_paged_kv_", &mem1::prune_paged_kv_cpu);
 }

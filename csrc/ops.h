@@ -20,6 +20,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_bwd_cpu(
     const at::Tensor& expiry, const std::optional<at::Tensor>& floor, at::TensorList rows,
     at::TensorList columns, double scale, double softcap);
 
+// cpu/cached_attention.cpp
+void append_kv_cpu(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& key_cache,
+                   const at::Tensor& value_cache, const at::Tensor& lengths,
+                   const std::optional<at::Tensor>& counts);
+
+std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
+    const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
+    const at::Tensor& lengths, const std::optional<at::Tensor>& counts,
+    const std::optional<at::Tensor>& positions, int64_t window, double scale, double softcap);
+
 // cpu/kv_cache.cpp
 void prune_kv_cpu(at::TensorList keys, at::TensorList values, const at::Tensor& lengths,
                   const at::Tensor& keep, at::TensorList slots, bool ordered,

@@ -67,7 +67,8 @@ void run_in_order(int64_t units, int64_t scratch_floats, const Unit& unit) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       float* memory = scratch.data_ptr<float>() + thread * scratch_floats;
-      for (int64_t i; (i = claimed.fetch_add(1, std::memory_order_relaxed)) < units;) unit(i, memory);
+      for (int64_t i; (i = claimed.fetch_add(1, std::memory_order_relaxed)) < units;)
+        unit(i, memory);
     }
   });
 }
@@ -178,7 +179,8 @@ std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
   check_shape(query, "query", {shape.batch, new_tokens, heads, shape.head_dim},
               "[batch, new_tokens, heads, head_dim]");
   TORCH_CHECK_VALUE(shape.kv_heads >= 1 && heads >= 1 && heads % shape.kv_heads == 0,
-                    "query: expected heads divisible by ", shape.kv_heads, " kv_heads, got ", heads);
+                    "query: expected heads divisible by ", shape.kv_heads, " kv_heads, got ",
+                    heads);
   TORCH_CHECK_VALUE(shape.head_dim % 8 == 0 && shape.head_dim >= 16 && shape.head_dim <= 256,
                     "query: expected head_dim 16 to 256 in steps of 8, got ", shape.head_dim);
   TORCH_CHECK_VALUE(shape.capacity < std::numeric_limits<int32_t>::max() - kTile,
@@ -274,26 +276,14 @@ std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
     const int64_t begin = group.splits > 1 ? unit.split * kSplitSlots : 0;
     const int64_t end =
         group.splits > 1 ? std::min(begin + kSplitSlots, group.slot_end) : group.slot_end;
-    kernel.attend({type,
-                   head_dim,
-                   static_cast<float>(scale),
-                   static_cast<float>(softcap),
-                   static_cast<int>(group_heads),
-                   data_at(query, b * query.stride(0) + group.head * group_heads * query.stride(2)),
-                   query.stride(1),
-                   query.stride(2),
-                   group.first_row,
-                   group.rows,
-                   held[b] - taken[b],
-                   slots_of(key_cache, b, group.head),
-                   slots_of(value_cache, b, group.head),
-                   begin,
-                   end,
-                   slots_positions,
-                   window,
-                   group_out,
-                   group_lse},
-                  scratch);
+    kernel.attend(
+        {type, head_dim, static_cast<float>(scale), static_cast<float>(softcap),
+         static_cast<int>(group_heads),
+         data_at(query, b * query.stride(0) + group.head * group_heads * query.stride(2)),
+         query.stride(1), query.stride(2), group.first_row, group.rows, held[b] - taken[b],
+         slots_of(key_cache, b, group.head), slots_of(value_cache, b, group.head), begin, end,
+         slots_positions, window, group_out, group_lse},
+        scratch);
     if (group.splits == 1) combine(group, group_out, group_lse);
   };
   run_in_order(static_cast<int64_t>(units.size()),

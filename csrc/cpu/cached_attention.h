@@ -38,7 +38,7 @@ struct CachedRows {
   Positions positions;
   int64_t window;
   float* out;  // [rows, head_dim], as if the slots of this split were all
-  float* lse;  // [rows], log 2; -infinity: no slot of this split is seen
+  float* lse;  // [rows]; -infinity: no slot of this split is seen
 };
 
 // Splits of the same rows, to be added up.
@@ -50,7 +50,7 @@ struct CachedSplits {
   int rows;
   int splits;
   float* out;        // [splits, rows, head_dim]; split 0 is overwritten
-  const float* lse;  // [splits, rows], log 2
+  const float* lse;  // [splits, rows]
   char* result;      // of new token 0 and the group's first head
   int64_t token_stride, head_stride;
   float* result_lse;  // likewise

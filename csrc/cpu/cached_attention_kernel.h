@@ -13,7 +13,9 @@ namespace {
 // Positions become int32 relative to the first row's; anything further off is as good as this far.
 constexpr int64_t kFar = 1 << 30;
 
-inline int32_t clamp_far(int64_t x) { return static_cast<int32_t>(x < -kFar ? -kFar : x > kFar ? kFar : x); }
+inline int32_t clamp_far(int64_t x) {
+  return static_cast<int32_t>(x < -kFar ? -kFar : x > kFar ? kFar : x);
+}
 
 inline int64_t position_of(const Positions& positions, int64_t slot) {
   const char* at = positions.data + slot * positions.stride;
@@ -27,7 +29,8 @@ inline int64_t position_of(const Positions& positions, int64_t slot) {
   return position;
 }
 
-// What each row of a unit sees: slots up to `last`, and, under a window, positions from `nearest` on.
+// What each row of a unit sees: slots up to `last`, and, under a window, positions from `nearest`
+// on.
 struct Sight {
   alignas(64) int32_t last[kTile];     // relative to slot_begin; may be negative
   alignas(64) int32_t nearest[kTile];  // relative to `base`
@@ -36,7 +39,10 @@ struct Sight {
   int64_t base;
 
   explicit Sight(const CachedRows& unit)
-      : least_last(INT32_MAX), least_nearest(INT32_MAX), windowed(unit.positions.data != nullptr), base(0) {
+      : least_last(INT32_MAX),
+        least_nearest(INT32_MAX),
+        windowed(unit.positions.data != nullptr),
+        base(0) {
     for (int r = 0; r < unit.rows; ++r) {
       const int64_t slot = unit.first_slot + (unit.first_row + r) / unit.group;
       last[r] = static_cast<int32_t>(slot - unit.slot_begin);
@@ -86,7 +92,8 @@ inline Vec widen(const uint16_t* p, BFloat16) {
 
 inline Vec widen(const uint16_t* p, Half) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff,
+                                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -99,7 +106,8 @@ inline Vec widen(const uint16_t* p, Half) {
 inline Vec shuffle(Vec a, Vec b, IntVec index) {
 #if defined(__clang__)
   Vec result;
-  for (int i = 0; i < kLanes; ++i) result[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    result[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
   return result;
 #else
   return __builtin_shuffle(a, b, index);
@@ -147,8 +155,8 @@ inline Vec add_neighbours(Vec a, Vec b) {
 
 // to[0..3] = the sums of the lanes of four vectors.
 __attribute__((always_inline)) inline void store_sums(const Vec* x, float* to) {
-  const Vec sum = add_turns<4>(
-      add_neighbours<2>(add_neighbours<1>(x[0], x[1]), add_neighbours<1>(x[2], x[3])));
+  const Vec sum =
+      add_turns<4>(add_neighbours<2>(add_neighbours<1>(x[0], x[1]), add_neighbours<1>(x[2], x[3])));
   memcpy(to, &sum, 4 * sizeof(float));
 }
 
@@ -259,7 +267,8 @@ template <typename Lanes, int kRows>
 void score_rows(int count, const float* query, int64_t stride,
                 const typename Lanes::Stored* const* keys, int head_dim, float* scores) {
   if (count == kRows) return dot<Lanes, kRows>(query, stride, keys, head_dim, scores);
-  if constexpr (kRows > 1) score_rows<Lanes, kRows - 1>(count, query, stride, keys, head_dim, scores);
+  if constexpr (kRows > 1)
+    score_rows<Lanes, kRows - 1>(count, query, stride, keys, head_dim, scores);
 }
 
 // Values of consecutive slots, from one element of head_dim on.
@@ -295,7 +304,8 @@ inline void add_vectors(const FewRows& rows, int first, Values<Lanes> values, in
     for (int v = 0; v < kVecs; v += kPerWord) Lanes::load_slots(slots, v * kLanes, value + v);
     for (int r = 0; r < kRows; ++r) {
       const float weight = weights[r * kSlotBlock + k / kPerWord];
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = Lanes::Words::multiply_add(sum[r][v], weight, value[v]);
+      for (int v = 0; v < kVecs; ++v)
+        sum[r][v] = Lanes::Words::multiply_add(sum[r][v], weight, value[v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -304,7 +314,8 @@ inline void add_vectors(const FewRows& rows, int first, Values<Lanes> values, in
 }
 
 template <typename Lanes, int kRows>
-void add_rows(int count, const FewRows& rows, int first, const Values<Lanes>& values, int head_dim) {
+void add_rows(int count, const FewRows& rows, int first, const Values<Lanes>& values,
+              int head_dim) {
   if (count != kRows) {
     if constexpr (kRows > 1) add_rows<Lanes, kRows - 1>(count, rows, first, values, head_dim);
     return;
@@ -321,7 +332,7 @@ void add_rows(int count, const FewRows& rows, int first, const Values<Lanes>& va
   if (d < head_dim) add_vectors<Lanes, kRows, kPerWord, true>(rows, first, values, d, head_dim - d);
 }
 
-// One row's scores of a block of slots to exp2(score - maximum); 0 where the row does not see.
+// One row's scores of a block of slots to exp(score - maximum); 0 where the row does not see.
 template <bool kSoftcap>
 void softmax_block(const ScoreScale& scale, const FewRows& rows, int row, int visible,
                    const int32_t* positions, int32_t nearest) {
@@ -341,10 +352,12 @@ void softmax_block(const ScoreScale& scale, const FewRows& rows, int row, int vi
   const float base = new_top == -INFINITY ? 0.f : new_top;
   Vec sum{};
   for (int i = 0; i < kSlotBlock; i += kLanes) {
-    at(scores + i) = exp2(at(scores + i) - base);
-    sum += at(scores + i);
+    const Vec score = at(scores + i);
+    const Vec p = score == -INFINITY ? Vec{} : exp(score - base);
+    at(scores + i) = p;
+    sum += p;
   }
-  rows.rescale[row] = exp2(splat(old_top - base))[0];
+  rows.rescale[row] = exp(splat(old_top - base))[0];
   rows.top[row] = new_top;
   rows.sum[row] = rows.sum[row] * rows.rescale[row] + add_turns<1>(sum)[0];
 }
@@ -428,7 +441,7 @@ void attend_few(const CachedRows& unit, float* scratch) {
       const int64_t d = i / kChunk * kChunk + Lanes::dim(i % kChunk);
       if (d < head_dim) unit.out[r * head_dim + d] = from[i] * normalizer;
     }
-    unit.lse[r] = rows.sum[r] == 0 ? -INFINITY : rows.top[r] + log2f(rows.sum[r]);
+    unit.lse[r] = rows.sum[r] == 0 ? -INFINITY : rows.top[r] + logf(rows.sum[r]);
   }
 }
 
@@ -462,13 +475,17 @@ void softmax_lanes(const ScoreScale& scale, const Sight& sight, int first, int s
     top = max(score, top);
   }
   const Vec base = top == -INFINITY ? Vec{} : top;
-  const Vec rescale = exp2(old_top - base);
+  const Vec rescale = exp(old_top - base);
   Vec sum{};
   for (int k = 0; k < slots; k += 2) {
-    const Vec even = exp2(at(scores + k * kLaneStride + lane) - base);
-    const Vec odd = exp2(at(scores + (k + 1) * kLaneStride + lane) - base);
-    sum += even + odd;
-    Words::store_rows(scores, k, lane, even, odd);
+    Vec p[2];
+    for (int i = 0; i < 2; ++i) {
+      const Vec score = at(scores + (k + i) * kLaneStride + lane);
+      p[i] = exp(score - base);
+      if (kMasked) p[i] = score == -INFINITY ? Vec{} : p[i];
+    }
+    sum += p[0] + p[1];
+    Words::store_rows(scores, k, lane, p[0], p[1]);
   }
   at(row_max + lane) = top;
   at(row_sum + lane) = at(row_sum + lane) * rescale + sum;
@@ -491,7 +508,8 @@ void attend_many(const CachedRows& unit, float* scratch) {
   int32_t* const positions = reinterpret_cast<int32_t*>(memory.lanes(1));
 
   const int vecs = round_up(unit.rows, kLanes) / kLanes;
-  pack_transposed<Element, Words>(QueryRows<Element>{unit}, round_up(unit.rows, 16), head_dim, key, query);
+  pack_transposed<Element, Words>(QueryRows<Element>{unit}, round_up(unit.rows, 16), head_dim, key,
+                                  query);
   memset(out, 0, sizeof(float) * head_dim * kLaneStride);
   memset(row_sum, 0, sizeof(float) * kTile);
   memset(positions, 0, sizeof(int32_t) * kTile);
@@ -529,8 +547,9 @@ void attend_many(const CachedRows& unit, float* scratch) {
   }
   for (int r = 0; r < unit.rows; ++r) {
     const float normalizer = row_sum[r] == 0 ? 0.f : 1 / row_sum[r];
-    for (int d = 0; d < head_dim; ++d) unit.out[r * head_dim + d] = out[d * kLaneStride + r] * normalizer;
-    unit.lse[r] = row_sum[r] == 0 ? -INFINITY : row_max[r] + log2f(row_sum[r]);
+    for (int d = 0; d < head_dim; ++d)
+      unit.out[r * head_dim + d] = out[d * kLaneStride + r] * normalizer;
+    unit.lse[r] = row_sum[r] == 0 ? -INFINITY : row_max[r] + logf(row_sum[r]);
   }
 }
 
@@ -556,34 +575,34 @@ void combine_rows(const CachedSplits& all) {
     if (all.splits > 1 && top != -INFINITY) {
       total = 0;
       for (int s = 0; s < all.splits; ++s) {
-        const float weight = exp2f(all.lse[s * all.rows + r] - top);
+        const float weight = expf(all.lse[s * all.rows + r] - top);
         const float* from = out + s * static_cast<int64_t>(all.rows) * head_dim;
         total += weight;
-        for (int d = 0; d < head_dim; ++d) out[d] = s == 0 ? weight * from[d] : out[d] + weight * from[d];
+        for (int d = 0; d < head_dim; ++d)
+          out[d] = s == 0 ? weight * from[d] : out[d] + weight * from[d];
       }
     }
     const int64_t token = (all.first_row + r) / all.group, head = (all.first_row + r) % all.group;
-    Stored* result = reinterpret_cast<Stored*>(all.result) + token * all.token_stride + head * all.head_stride;
+    Stored* result =
+        reinterpret_cast<Stored*>(all.result) + token * all.token_stride + head * all.head_stride;
     for (int d = 0; d < head_dim; ++d) result[d] = Element::store(out[d] / total);
-    all.result_lse[token * all.lse_token_stride + head * all.lse_head_stride] = (top + log2f(total)) * kLn2;
+    all.result_lse[token * all.lse_token_stride + head * all.lse_head_stride] = top + logf(total);
   }
 }
 
 #if defined(__AVX512BF16__)
-void attend(const CachedRows& unit, float* scratch) {
-  attend_rows<Bf16Lanes>(unit, scratch);
-}
+void attend(const CachedRows& unit, float* scratch) { attend_rows<Bf16Lanes>(unit, scratch); }
 
 void combine(const CachedSplits& all) { combine_rows<BFloat16>(all); }
 #else
 void attend(const CachedRows& unit, float* scratch) {
   switch (unit.type) {
     case ElementType::kFloat:
-      return attend_rows<FloatLanes<Float>>(unit, scratch);
+      return attend_rows<FloatLanes<Float> >(unit, scratch);
     case ElementType::kHalf:
-      return attend_rows<FloatLanes<Half>>(unit, scratch);
+      return attend_rows<FloatLanes<Half> >(unit, scratch);
     case ElementType::kBFloat16:
-      return attend_rows<FloatLanes<BFloat16>>(unit, scratch);
+      return attend_rows<FloatLanes<BFloat16> >(unit, scratch);
   }
 }
 

@@ -37,27 +37,24 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 inline Vec& at(float* p) { return *reinterpret_cast<Vec*>(p); }
 inline const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// 2^x for x <= 127, within 2e-7; 0 below -126. A NaN stays one.
-inline Vec exp2(Vec x) {
+// e^x, relative error 1e-7 (1 + |x|), for x <= 87; anything below -87 gives e^-87. A NaN stays one.
+inline Vec exp(Vec x) {
   const Vec to_integer = splat(0x1.8p23f);
-  const Vec clamped = x < -126.f ? splat(-126.f) : x;
-  const Vec shifted = clamped + to_integer;
-  const Vec f = clamped - (shifted - to_integer);
-  Vec y = 1.5353362e-4f * f + 1.3398875e-3f;
-  y = y * f + 9.6184369e-3f;
-  y = y * f + 5.5503324e-2f;
-  y = y * f + 2.4022648e-1f;
-  y = y * f + 6.9314718e-1f;
+  const Vec power = max(splat(-87.f), x) * kLog2e;
+  const Vec shifted = power + to_integer;
+  const Vec f = power - (shifted - to_integer);
+  Vec y = 1.3264727e-3f * f + 9.6715130e-3f;
+  y = y * f + 5.5507336e-2f;
+  y = y * f + 2.4022242e-1f;
+  y = y * f + 6.9314700e-1f;
   y = y * f + 1.f;
-  const IntVec power = (IntVec)shifted << 23;
-  return x < -126.f ? Vec{} : (Vec)((IntVec)y + power);
+  return (Vec)((IntVec)y + ((IntVec)shifted << 23));
 }
 
 // Within 2e-7, relative.
@@ -70,7 +67,7 @@ inline Vec tanh(Vec x) {
   const Vec small = x + x * z * y;
   const Vec magnitude = x < 0.f ? -x : x;
   const Vec bounded = magnitude > 10.f ? splat(10.f) : magnitude;
-  const Vec large = 1.f - 2.f / (exp2(bounded * (2 * kLog2e)) + 1.f);
+  const Vec large = 1.f - 2.f / (exp(2 * bounded) + 1.f);
   return magnitude < 0.625f ? small : (x < 0.f ? -large : large);
 }
 
@@ -136,10 +133,14 @@ struct Bf16Words {
   template <typename Element>
   static void pack_tokens(float* words, const uint16_t* const* rows, int head_dim) {
     uint32_t* pairs = reinterpret_cast<uint32_t*>(words);
-    for (int d = 0; d < head_dim; ++d) pairs[d] = rows[0][d] | static_cast<uint32_t>(rows[1][d]) << 16;
+    for (int d = 0; d < head_dim; ++d)
+      pairs[d] = rows[0][d] | static_cast<uint32_t>(rows[1][d]) << 16;
   }
 };
 #endif
+
+// Longer sums are sums of sums of this many words, which keeps more digits.
+constexpr int kDepthBlock = 64;
 
 // Which side of `a` is contiguous in memory.
 enum class Contiguous { kDepth, kRows };
@@ -147,26 +148,29 @@ enum class Contiguous { kDepth, kRows };
 template <typename Words, Contiguous kContiguous, int kVecs>
 inline void multiply_micro(int depth, const float* a, int64_t a_stride, const float* b,
                            int64_t b_stride, float* c, int64_t c_stride, bool add) {
-  Vec sum[kMicroRows][kVecs] = {};
-  for (int i = 0; i < depth; ++i, b += b_stride) {
-    Vec lanes[kVecs];
-    for (int v = 0; v < kVecs; ++v) lanes[v] = at(b + v * kLanes);
-    for (int r = 0; r < kMicroRows; ++r) {
-      const float x = kContiguous == Contiguous::kDepth ? a[r * a_stride + i] : a[i * a_stride + r];
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = Words::multiply_add(sum[r][v], x, lanes[v]);
+  for (int from = 0; from < depth; from += kDepthBlock, add = true) {
+    const int to = from + kDepthBlock < depth ? from + kDepthBlock : depth;
+    Vec sum[kMicroRows][kVecs] = {};
+    for (int i = from; i < to; ++i, b += b_stride) {
+      Vec lanes[kVecs];
+      for (int v = 0; v < kVecs; ++v) lanes[v] = at(b + v * kLanes);
+      for (int r = 0; r < kMicroRows; ++r) {
+        const float x =
+            kContiguous == Contiguous::kDepth ? a[r * a_stride + i] : a[i * a_stride + r];
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = Words::multiply_add(sum[r][v], x, lanes[v]);
+      }
     }
-  }
-  // Added last: long sums are sums of short ones, which keeps more digits.
-  for (int r = 0; r < kMicroRows; ++r) {
-    for (int v = 0; v < kVecs; ++v) {
-      Vec& out = at(c + r * c_stride + v * kLanes);
-      out = add ? out + sum[r][v] : sum[r][v];
+    for (int r = 0; r < kMicroRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) {
+        Vec& out = at(c + r * c_stride + v * kLanes);
+        out = add ? out + sum[r][v] : sum[r][v];
+      }
     }
   }
 }
 
-// c[rows, lanes] = (add ? c : 0) + a[rows, depth] * b[depth, lanes]; rows: a multiple of kMicroRows,
-// depth: in words.
+// c[rows, lanes] = (add ? c : 0) + a[rows, depth] * b[depth, lanes]; rows: a multiple of
+// kMicroRows, depth: in words.
 template <typename Words, Contiguous kContiguous>
 void multiply(int rows, int vecs, int depth, const float* a, int64_t a_stride, const float* b,
               int64_t b_stride, float* c, int64_t c_stride, bool add) {
@@ -176,7 +180,8 @@ void multiply(int rows, int vecs, int depth, const float* a, int64_t a_stride, c
     for (int r = 0; r < rows; r += kMicroRows) {
       if (vecs - v >= kMicroVecs) {
         multiply_micro<Words, kContiguous, kMicroVecs>(depth, a + r * a_step, a_stride, b + lane,
-                                                       b_stride, c + r * c_stride + lane, c_stride, add);
+                                                       b_stride, c + r * c_stride + lane, c_stride,
+                                                       add);
       } else {
         multiply_micro<Words, kContiguous, 1>(depth, a + r * a_step, a_stride, b + lane, b_stride,
                                               c + r * c_stride + lane, c_stride, add);
@@ -242,7 +247,8 @@ void pack_tokens(const Tokens& tokens, int rows, int head_dim, float* words) {
   }
 }
 
-// words[head_dim / kPerWord, kLaneStride], depth along head_dim, a token a lane; rows: a multiple of
+// words[head_dim / kPerWord, kLaneStride], depth along head_dim, a token a lane; rows: a multiple
+// of
 // 8. `packed` is overwritten.
 template <typename Element, typename Words, typename Tokens>
 void pack_transposed(const Tokens& tokens, int rows, int head_dim, float* packed, float* words) {
@@ -250,13 +256,13 @@ void pack_transposed(const Tokens& tokens, int rows, int head_dim, float* packed
   transpose(rows, head_dim / Words::kPerWord, packed, head_stride(head_dim), words, kLaneStride);
 }
 
-// From dot products to scores in units of log 2.
+// From dot products to scores.
 struct ScoreScale {
   float inner;
   float outer;  // under a softcap
 
   ScoreScale(float scale, float softcap)
-      : inner(softcap == 0 ? scale * kLog2e : scale / softcap), outer(softcap * kLog2e) {}
+      : inner(softcap == 0 ? scale : scale / softcap), outer(softcap) {}
 };
 
 struct Scratch {

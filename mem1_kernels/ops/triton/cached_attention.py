@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mem1_kernels.ops.triton.attention_configs import head_chunks
 from mem1_kernels.ops.triton.cached_attention_kernels import (
     _append_kernel,
     _combine_kernel,
@@ -46,16 +47,7 @@ def select_config(query_rows: int, head_dim: int, dtype: torch.dtype) -> Config:
         return Config(16, 32 if wide else 64, 4, 3)
     if wide:
         return Config(64, 64, 8, 2) if head_dim <= 192 else Config(64, 32, 8, 3)
-    return Config(64, 64, 4, 3) if query_rows <= 64 else Config(128, 64, 8, 3)
-
-
-def head_chunks(head_dim: int) -> tuple[int, int]:
-    """head_dim as one or two powers of two (the second 0), of which only the last is padded."""
-    first = 1 << (head_dim.bit_length() - 1)
-    if first == head_dim:
-        return first, 0
-    second = max(16, triton.next_power_of_2(head_dim - first))
-    return (2 * first, 0) if second == first else (first, second)
+    return Config(64, 32, 4, 3) if query_rows <= 64 else Config(128, 64, 8, 3)
 
 
 def append_kv_(

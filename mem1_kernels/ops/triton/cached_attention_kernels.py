@@ -24,7 +24,7 @@ from mem1_kernels.ops.triton.attention_kernels import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new_tokens", "capacity"])
 def _append_kernel(
     keys_ptr,
     values_ptr,
@@ -163,7 +163,7 @@ def _attend(
     return _fwd_step(q, k, v, acc, m, total, pre, post, seen, HAS_SOFTCAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "new_tokens", "capacity", "shares", "window"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -351,7 +351,7 @@ def _decode_kernel(
         tl.store(split_lse_ptr + split_row + q_row, lse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "new_tokens", "capacity", "shares"])
 def _combine_kernel(
     out_ptr,
     lse_ptr,
