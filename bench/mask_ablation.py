@@ -103,7 +103,12 @@ def main() -> None:
     curves: dict[str, list[list[float]]] = {name: [] for name in MASKS}
     gaps: dict[str, list[float]] = {name: [] for name in MASKS}
     config = read_config(
-        options.config, steps=options.steps, log_prob_tolerance=float("inf"), trackers=""
+        options.config,
+        steps=options.steps,
+        log_prob_tolerance=float("inf"),
+        token_budget=512,  # the released pass is dense
+        eval_every=0,
+        trackers="",
     )
     for seed in range(options.seeds):
         for name, forward in MASKS.items():

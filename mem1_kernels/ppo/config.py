@@ -100,7 +100,8 @@ class Config:
     # evaluation
     eval_every: int = _option(0, "steps between evaluations, one before and one after; 0: none")
     eval_sizes: tuple[int, ...] = _option((2, 4, 8, 16, 32), "sizes that are evaluated")
-    eval_episodes: int = _option(64, "greedy episodes a size")
+    eval_episodes: int = _option(64, "episodes a size")
+    eval_temperature: float = _option(0.0, "of sampling in evaluations; 0: greedy")
     eval_data: str = _option("", "qa: questions for evaluation; `data` if empty")
 
     def __post_init__(self) -> None:
@@ -121,7 +122,13 @@ class Config:
         least |= {"sft_steps": 0, "sft_batch": 1, "sft_jump": 0, "lora_rank": 0, "warmup": 0}
         least |= {"save_every": 0, "eval_every": 0, "keep_checkpoints": 1, "eval_episodes": 1}
         least |= {"kl_coef": 0, "entropy_coef": 0, "importance_cap": 0, "log_prob_tolerance": 0}
-        least |= {"value_clip": 0, "dual_clip": 0, "topk": 1, "max_info_tokens": 1}
+        least |= {
+            "value_clip": 0,
+            "dual_clip": 0,
+            "eval_temperature": 0,
+            "topk": 1,
+            "max_info_tokens": 1,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")

@@ -41,7 +41,7 @@ def plot(history: Sequence[Mapping[str, Any]], path: Path) -> None:
             label = f"step {record['step']}"
             rewards = [row["reward"] for row in table]
             axes[1, 0].plot(sizes, rewards, "o-", color=colour, label=label)
-        axes[1, 0].set(xlabel="size of the task", ylabel="mean reward, greedy", ylim=(0, 1.05))
+        axes[1, 0].set(xlabel="size of the task", ylabel="mean reward, evaluated", ylim=(0, 1.05))
         axes[1, 0].legend(frameon=False)
         for name, label, colour in (
             ("total_tokens", "whole trajectory", "#c0c4cc"),

@@ -181,6 +181,7 @@ def make_policy(config: Config) -> Any:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=4096,
+            initializer_range=0.05,
             tie_word_embeddings=False,
         )
         policy: Any = transformers.Qwen2ForCausalLM(shape).to(getattr(torch, config.dtype))
@@ -980,7 +981,7 @@ def evaluate(
     sizes: Sequence[int] | None = None,
     retention: Retention | None = None,
 ) -> list[dict[str, float]]:
-    """Plays greedy episodes of each size.
+    """Plays episodes of each size.
 
     Args:
         engine: a causal LM.
@@ -1006,7 +1007,7 @@ def evaluate(
             [draw(size, rng) for _ in range(config.eval_episodes)],
             f"eval/{size}",
             retention=retention or retention_of(config.retention),
-            temperature=0.0,
+            temperature=config.eval_temperature,
             max_turns=max(config.max_turns, size + 1),
         )
         rollouts = [episode.rollout for episode in episodes]
