@@ -20,9 +20,11 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from mem1_kernels.ops.kv_cache import append_kv_, cached_attention  # noqa: E402
 from mem1_kernels.ops.triton import cached_attention as launchers  # noqa: E402
 from mem1_kernels.ops.triton.cached_attention_kernels import _first_split_slot, _row_splits  # noqa: E402
 
+pytestmark = [pytest.mark.gpu] if GPU else []
 DEVICE = "cuda" if GPU else "cpu"
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 # tl.dot of the interpreter takes bfloat16 for uint16.
@@ -194,3 +196,40 @@ def test_append_writes_the_new_slots_and_nothing_else(dtype, with_counts, slots_
     launchers.append_kv_(*new, *caches, int32(*lengths).to(DEVICE), given_counts)
     for got, want in zip(caches, expected, strict=True):
         assert torch.equal(as_bytes(got), as_bytes(want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("new_tokens", [1, 5])
+def test_a_captured_graph_replays_with_other_lengths(new_tokens):
+    """Neither op looks at the host: captured once, they follow new lengths and counts."""
+    case = make_case([3000, 40], new_tokens, 14, 2, 64, BFLOAT, capacity=3100)
+    query, *caches, lengths = (
+        x.cuda() for x in (case.query, case.key_cache, case.value_cache, case.lengths)
+    )
+    for x in (query, *caches):
+        x.nan_to_num_(0.5)
+    counts = torch.full_like(lengths, new_tokens)
+    before = lengths - counts
+    new = torch.randn(2, 2, 2, new_tokens, 64, device="cuda", dtype=BFLOAT)
+
+    def step():
+        append_kv_(*new, *caches, before, counts=counts)
+        return cached_attention(query, *caches, lengths, counts=counts, return_lse=True)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for held, taken in (([30, 2900], [new_tokens, 1]), ([0, 700], [0, new_tokens])):
+        lengths.copy_(int32(*held))
+        counts.copy_(int32(*taken))
+        torch.sub(lengths, counts, out=before)
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        for got, want in zip(replayed, step(), strict=True):
+            assert torch.equal(got, want)

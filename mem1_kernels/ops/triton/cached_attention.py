@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mem1_kernels.ops.triton.attention import FUSED
 from mem1_kernels.ops.triton.attention_configs import head_chunks
 from mem1_kernels.ops.triton.cached_attention_kernels import (
     _append_kernel,
@@ -34,15 +35,19 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def select_config(query_rows: int, head_dim: int, dtype: torch.dtype) -> Config:
+def select_config(query_rows: int, head_dim: int, dtype: torch.dtype, generation: int) -> Config:
     """Tiles for `query_rows` (new tokens x group) packed rows against one kv head.
 
     Up to 16 rows the keys' way through memory is the cost: narrow tiles that leave room for
     three programs a multiprocessor. More rows are matrix work: tiles that fill the tensor cores.
+    generation: the major number of the GPU's compute capability; 9 and 10 have 227 KiB of shared
+    memory, others may have 99.
     """
     wide = head_dim > 128
     if dtype == torch.float32:
         return Config(16, 16, 8, 2) if wide else Config(16, 32, 4, 2)
+    if generation not in (9, 10):
+        return Config(16, 32, 4, 3) if query_rows <= 16 else Config(64, 16 if wide else 32, 8, 2)
     if query_rows <= 16:
         return Config(16, 32 if wide else 64, 4, 3)
     if wide:
@@ -97,7 +102,7 @@ def _shares(device: torch.device, tiles: int, batch: int, kv_heads: int) -> int:
     """
     if batch > MAX_SPLIT_BATCH:
         return 1
-    multiprocessors = 8
+    multiprocessors = 8  # of an interpreter
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     shares = PROGRAMS_PER_SM * multiprocessors // (kv_heads * tiles)
@@ -120,7 +125,10 @@ def cached_attention(
     kv_heads, capacity = key_cache.shape[1:3]
     group = heads // kv_heads
     query_rows = new_tokens * group
-    config = select_config(query_rows, head_dim, query.dtype)
+    generation = 9  # of an interpreter
+    if query.is_cuda:
+        generation = torch.cuda.get_device_capability(query.device)[0]
+    config = select_config(query_rows, head_dim, query.dtype, generation)
     tiles = triton.cdiv(query_rows, config.block_m)
     shares = _shares(query.device, tiles, batch, kv_heads)
     split = shares > 1
@@ -172,6 +180,7 @@ def cached_attention(
         HAS_SOFTCAP=softcap > 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **FUSED,
     )
     if split:
         _combine_kernel[(batch * kv_heads * query_rows,)](
@@ -190,5 +199,6 @@ def cached_attention(
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_S=32,
             num_warps=4,
+            **FUSED,
         )
     return out, lse
