@@ -121,7 +121,7 @@ def test_demanded_cuda_fails_hard(build, torch_cuda, nvcc, sources, reason):
         build.decide_cuda("1", torch_cuda, nvcc, sources)
 
 
-@pytest.mark.parametrize("choice", ["", "yes", "2", "AUTO"])
+@pytest.mark.parametrize("choice", ["", "2"])
 def test_other_values_of_build_cuda_are_rejected(choice):
     result = run_setup(MEM1_BUILD_CUDA=choice)
     assert result.returncode != 0
