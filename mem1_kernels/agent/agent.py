@@ -94,6 +94,7 @@ class Result:
         rollout: the trajectory with the log-probs it was sampled with, as a trainer takes it.
         seconds: wall time of the run that this task was part of.
         error: why the episode ended before its time, or "".
+        failed: a tool or the environment ended it, not the policy.
     """
 
     task: Any
@@ -106,6 +107,7 @@ class Result:
     rollout: Rollout | None
     seconds: float
     error: str
+    failed: bool
 
     @property
     def trajectory(self) -> Trajectory | None:
@@ -579,6 +581,7 @@ def _result(
         rollout=rollouts.get(place),
         seconds=seconds,
         error=error,
+        failed=episode.failed,
     )
 
 

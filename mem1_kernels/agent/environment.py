@@ -62,13 +62,17 @@ class Environment(Protocol):
 
 @dataclass
 class Episode:
-    """What is known of an episode so far; `error` says why one ended before its time."""
+    """What is known of an episode so far.
+
+    `error` says why one ended before its time, and `failed` that a tool or the environment did it.
+    """
 
     task: Any
     turns: int = 0
     reward: float = 0.0
     done: bool = False
     error: str = ""
+    failed: bool = False
     scores: dict[str, Any] = field(default_factory=dict)
 
 
@@ -175,6 +179,7 @@ class EnvironmentBatch:
         message = f"{type(error).__name__}: {error}"
         logger.warning("episode %d ends: %s", place, message, exc_info=error)
         self.stop(place, message)
+        self.episodes[place].failed = True
         return Step("", 0.0, True)
 
     def _map(self, function: Callable[[int], Any], places: Iterable[int]) -> list[Any]:

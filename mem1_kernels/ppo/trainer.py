@@ -18,6 +18,7 @@ parallelism, FSDP1 and DeepSpeed.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 import time
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -44,10 +46,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from mem1_kernels.agent.environment import EnvironmentBatch, observation_ids
+from mem1_kernels.agent.agent import MemoryEfficientAgent
 from mem1_kernels.agent.qa import QATask, RetrievalQA, compose, load_questions
 from mem1_kernels.agent.retrieval import BM25, RetrievalServer
-from mem1_kernels.agent.tags import Tags
 from mem1_kernels.agent.tasks import (
     VOCABULARY,
     ChainTask,
@@ -79,8 +80,10 @@ from mem1_kernels.ppo import (
 )
 from mem1_kernels.ppo.config import TOLERANCE, Config, retention_of
 from mem1_kernels.ppo.report import Log
-from mem1_kernels.rollout import Rollout, TrajectoryRollout, Turn, collate
+from mem1_kernels.rollout import Rollout, collate
 from mem1_kernels.trajectory import Layout, Retention, Segment, Trajectory, pack, unroll
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -101,24 +104,6 @@ class World:
     demonstrate: Callable[[Any, random.Random], tuple[list[Segment], float]] | None = None
     draw_eval: Callable[[int, random.Random], Any] | None = None
     tokenizer: Any = None
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text in which no special token is read."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of what a policy wrote."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def prompt_ids(self, prompt: str | list[int]) -> list[int]:
-        """A prompt as the policy reads it: as the user's message, where the model chats."""
-        if not isinstance(prompt, str):
-            return prompt
-        if self.tokenizer.chat_template is None:
-            return self.encode(prompt)
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
 
 
 def make_world(config: Config) -> World:
@@ -156,6 +141,11 @@ def make_world(config: Config) -> World:
         draw_eval=drawer(held_out, config.eval_sizes),
         tokenizer=AutoTokenizer.from_pretrained(config.model),
     )
+
+
+def seed_of(config: Config, label: str, number: int) -> int:
+    """A seed for one part of the run."""
+    return zlib.crc32(f"{config.seed}/{label}/{number}".encode())
 
 
 def draw_tasks(config: Config, world: World, step: int) -> list[Any]:
@@ -376,15 +366,14 @@ class Learner:
         return norms
 
 
-@dataclass
-class Episode:
-    """One episode as played: the rollout, what it earned, and which task it belongs to."""
+class Episode(NamedTuple):
+    """One episode as played; `task` is the number of its task in the step."""
 
     rollout: Rollout
     task: int
     reward: float
     scores: dict[str, Any]
-    error: str
+    failed: bool
 
     @property
     def dropped_tokens(self) -> int:
@@ -393,150 +382,83 @@ class Episode:
         return int((trajectory.expiry < trajectory.num_tokens).sum())
 
 
-def make_rollout(
-    config: Config,
-    world: World,
-    model: Any,
-    tags: Tags,
-    retention: Retention,
-    **changes: Any,
-) -> TrajectoryRollout:
-    """The engine for `config`, with what `changes` names."""
-    text = world.tokenizer is not None
-    options: dict[str, Any] = {
-        "retention": retention,
-        "positions": config.positions,
-        "max_turns": config.max_turns,
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "stop_ids": [world.tokenizer.eos_token_id] if text else tags.stops,
-        "stop_strings": tags.stops if text else (),
-        "tokenizer": world.tokenizer,
-        "state_tokens": lambda ids: tags.state_length(ids, world.decode if text else None),
-    }
-    return TrajectoryRollout(model, **(options | changes))
-
-
-def play(
-    rollout: TrajectoryRollout,
-    world: World,
-    tasks: Sequence[Any],
-    numbers: Sequence[int],
-    generator: torch.Generator,
-    max_info_tokens: int,
-) -> list[Episode]:
-    """Plays one episode a task, side by side; `numbers` say which task of the step each is."""
-    batch = EnvironmentBatch(world.make)
-    tags = batch.tags
-    prompts = batch.reset(tasks)
-    failed = [episode.error for episode in batch.episodes if episode.error]
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(tasks)} episodes could not begin: {failed[0]}")
-
-    def respond(turns: Sequence[Turn]) -> list[list[int] | None]:
-        written: list[Any] = [None] * len(tasks)
-        for turn in turns:
-            text = turn.token_ids if world.tokenizer is None else world.decode(turn.token_ids)
-            written[turn.row] = tags.parse(text)
-        steps = batch.step(written)
-        replies: list[list[int] | None] = []
-        for turn in turns:
-            step = steps[turn.row]
-            assert step is not None
-            if step.done:
-                replies.append(None)
-                continue
-            replies.append(
-                observation_ids(
-                    step.observation,
-                    tags,
-                    encode=None if world.tokenizer is None else world.encode,
-                    max_tokens=max_info_tokens,
-                    turns_left=rollout.max_turns - turn.number,
-                )
-            )
-        return replies
-
-    rollouts = rollout.run(
-        [world.prompt_ids(prompt) for prompt in prompts], respond, generator=generator
-    )
-    return [
-        Episode(rollout, number, episode.reward, dict(episode.scores), episode.error)
-        for rollout, number, episode in zip(rollouts, numbers, batch.episodes, strict=True)
-    ]
-
-
 def collect(
     config: Config,
     accelerator: Accelerator,
     world: World,
-    engine: Any,
+    model: Any,
     tasks: Sequence[Any],
     label: str,
     *,
     retention: Retention,
+    temperature: float,
+    max_turns: int,
     group_size: int = 1,
-    **changes: Any,
 ) -> list[Episode]:
     """Plays every task `group_size` times over all processes; all of them return all episodes.
 
-    Batches of `rollout_batch` episodes have a generator of their own, seeded by `label` and their
+    Batches of `rollout_batch` episodes have a seed of their own, made from `label` and their
     number, so that it does not matter which process plays them.
+
+    Raises:
+        RuntimeError: an episode could not begin, or more than half of them failed.
     """
     numbers = [number for number in range(len(tasks)) for _ in range(group_size)]
     batches = [
         numbers[at : at + config.rollout_batch]
         for at in range(0, len(numbers), config.rollout_batch)
     ]
-    tags = world.make().tags
-    rollout = make_rollout(config, world, engine, tags, retention, **changes)
     played: list[tuple[int, list[Episode]]] = []
     for place in range(accelerator.process_index, len(batches), accelerator.num_processes):
-        generator = torch.Generator(accelerator.device)
-        generator.manual_seed(zlib.crc32(f"{config.seed}/{label}/{place}".encode()))
-        chosen = [tasks[number] for number in batches[place]]
+        agent = MemoryEfficientAgent(
+            model,
+            engine="pruned" if config.positions == "kept" else "reprefill",
+            environment=world.make,
+            retention=retention,
+            tokenizer=world.tokenizer,
+            max_new_tokens=config.max_new_tokens,
+            max_info_tokens=config.max_info_tokens,
+            temperature=temperature,
+            seed=seed_of(config, label, place),
+            progress=False,
+        )
         with accelerator.autocast():
-            episodes = play(
-                rollout, world, chosen, batches[place], generator, config.max_info_tokens
+            results = agent.run([tasks[number] for number in batches[place]], max_turns=max_turns)
+        episodes = []
+        for number, result in zip(batches[place], results, strict=True):
+            if result.rollout is None:
+                raise RuntimeError(f"an episode could not begin: {result.error}")
+            if result.failed:
+                logger.warning("an episode of %s failed: %s", label, result.error)
+            episodes.append(
+                Episode(result.rollout, number, result.reward, result.scores, result.failed)
             )
         played.append((place, episodes))
     if accelerator.num_processes > 1:
-        played = _gather(played, retention)
-    episodes = [
-        episode for _, batch in sorted(played, key=lambda pair: pair[0]) for episode in batch
-    ]
-    errors = [episode.error for episode in episodes if episode.error]
-    if len(errors) * 2 > len(episodes):
-        raise RuntimeError(f"{len(errors)} of {len(episodes)} episodes failed: {errors[0]}")
-    return episodes
+        played = gather_episodes(played, retention)
+    everyone = [episode for _, batch in sorted(played, key=itemgetter(0)) for episode in batch]
+    failed = sum(episode.failed for episode in everyone)
+    if failed * 2 > len(everyone):
+        raise RuntimeError(f"{failed} of {len(everyone)} episodes failed; the log says why")
+    return everyone
 
 
-def _gather(
+def gather_episodes(
     played: list[tuple[int, list[Episode]]], retention: Retention
 ) -> list[tuple[int, list[Episode]]]:
-    """Everyone's episodes; a retention policy may be a closure, so it stays behind."""
-    bare = [
-        (
-            place,
-            [
-                (
-                    vars(e)
-                    | {"rollout": vars(e.rollout) | {"trajectory": e.rollout.trajectory.segments}}
-                )
-                for e in batch
-            ],
-        )
-        for place, batch in played
-    ]
-    whole = []
-    for place, batch in gather_object(bare):
-        episodes = []
-        for fields in batch:
-            rollout = fields["rollout"]
-            rollout["trajectory"] = Trajectory(rollout["trajectory"], retention)
-            episodes.append(Episode(**(fields | {"rollout": Rollout(**rollout)})))
-        whole.append((place, episodes))
-    return whole
+    """Every process's episodes; they travel without the retention policy, perhaps a closure."""
+
+    def bare(episode: Episode) -> Episode:
+        segments: Any = episode.rollout.trajectory.segments
+        return episode._replace(rollout=replace(episode.rollout, trajectory=segments))
+
+    def whole(episode: Episode) -> Episode:
+        segments: Any = episode.rollout.trajectory
+        trajectory = Trajectory(segments, retention)
+        return episode._replace(rollout=replace(episode.rollout, trajectory=trajectory))
+
+    sent = [(place, [bare(episode) for episode in batch]) for place, batch in played]
+    return [(place, [whole(episode) for episode in batch]) for place, batch in gather_object(sent)]
 
 
 class Row(NamedTuple):
@@ -1145,7 +1067,7 @@ def train(
     for step in bar:
         if config.eval_every and step % config.eval_every == 0:
             evaluation(step)
-        torch.manual_seed(zlib.crc32(f"{config.seed}/{step}".encode()))
+        torch.manual_seed(seed_of(config, "step", step))
         started = time.perf_counter()
         watch = Stopwatch(device)
         if device.type == "cuda":
@@ -1160,6 +1082,8 @@ def train(
                 draw_tasks(config, world, step),
                 f"play/{step}",
                 retention=retention,
+                temperature=config.temperature,
+                max_turns=config.max_turns,
                 group_size=config.group_size,
             )
         batch = Batch.of(episodes, device)
@@ -1191,7 +1115,7 @@ def train(
             "turns": turns / len(episodes),
             "dropped_a_turn": sum(episode.dropped_tokens for episode in episodes) / turns,
             "cut_turns": sum(not t.closed for r in rollouts for t in r.turns) / turns,
-            "errors": sum(bool(episode.error) for episode in episodes),
+            "failed": sum(episode.failed for episode in episodes),
             "rows": len(rows),
             "tokens_a_second": tokens / seconds,
             "seconds": seconds,
