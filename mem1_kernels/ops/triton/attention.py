@@ -18,10 +18,7 @@ from mem1_kernels.block_plan import MIN_CHUNK
 from mem1_kernels.ops.triton import attention_configs as configs
 from mem1_kernels.ops.triton import attention_kernels as kernels
 
-ROWS = 32
-"""Rows in a block of the two kernels that only stream, the preprocess and the sum."""
-
-# The kernels count on y * post - m being one instruction.
+# For every launch: the kernels count on y * post - m being one instruction.
 FUSED = {"enable_fp_fusion": True}
 
 
@@ -37,15 +34,12 @@ def _config(pass_name: str, query: Tensor) -> configs.Config:
     )
 
 
-def _cut(config: configs.Config) -> dict[str, Any]:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "PART": config.part,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        **FUSED,
-    }
+def _blocks(config: configs.Config) -> dict[str, int]:
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PART": config.part}
+
+
+def _options(config: configs.Config) -> dict[str, Any]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, **FUSED}
 
 
 def _shape(head_dim: int, chunks: tuple[int, int]) -> dict[str, Any]:
@@ -103,7 +97,8 @@ def forward(
             *_score_factors(scale, softcap),
             **_flags(query, key, floor, softcap),
             **_shape(head_dim, configs.head_chunks(head_dim)),
-            **_cut(config),
+            **_blocks(config),
+            **_options(config),
         )
     return out, lse
 
@@ -149,7 +144,8 @@ def backward(
     inputs = (query, key, value, grad_out)
     strides = [stride for x in inputs for stride in x.stride()[:3]]
     with torch.cuda.device_of(query):
-        kernels._bwd_preprocess_kernel[batch * heads, n * (TILE // ROWS)](
+        config = _config("preprocess", query)
+        kernels._bwd_preprocess_kernel[batch * heads, n * (TILE // config.block_m)](
             out,
             grad_out,
             lse,
@@ -161,9 +157,8 @@ def backward(
             tokens,
             HAS_GRAD_LSE=grad_lse is not None,
             **shape,
-            BLOCK_M=ROWS,
-            num_warps=4,
-            **FUSED,
+            BLOCK_M=config.block_m,
+            **_options(config),
         )
         config = _config("dkdv", query)
         chunks, accumulated = configs.dkdv_chunks(head_dim)
@@ -191,10 +186,12 @@ def backward(
                 **flags,
                 **_shape(head_dim, chunks),
                 CHUNK=chunk,
-                **_cut(config),
+                **_blocks(config),
+                **_options(config),
             )
         if slots:
-            kernels._bwd_sum_kernel[batch * kv_heads, n * (TILE // ROWS)](
+            config = _config("sum", query)
+            kernels._bwd_sum_kernel[batch * kv_heads, n * (TILE // config.block_n)](
                 *work,
                 grad_key,
                 grad_value,
@@ -204,9 +201,8 @@ def backward(
                 tokens,
                 plan_step,
                 **shape,
-                BLOCK_N=ROWS,
-                num_warps=4,
-                **FUSED,
+                BLOCK_N=config.block_n,
+                **_options(config),
             )
         config = _config("dq", query)
         kernels._bwd_dq_kernel[batch * heads, n * (TILE // config.block_m)](
@@ -226,6 +222,7 @@ def backward(
             scale,
             **flags,
             **shape,
-            **_cut(config),
+            **_blocks(config),
+            **_options(config),
         )
     return grad_query, grad_key, grad_value

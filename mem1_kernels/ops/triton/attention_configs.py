@@ -71,7 +71,7 @@ OTHERS_16_BIT: Table = {
 FLOAT_32: Table = {
     64: {
         "fwd": [Config(64, 32, 32, 8, 2)],
-        "dkdv": [Config(32, 64, 32, 8, 2)],
+        "dkdv": [Config(32, 32, 32, 8, 2)],
         "dq": [Config(64, 32, 32, 8, 2)],
     },
     128: {
@@ -87,16 +87,23 @@ FLOAT_32: Table = {
 }
 
 
+# For the backward's two kernels that only stream: the preprocess and the sum of pieces.
+STREAMING = Config(32, 32, 32, 8, 3)
+
+
 def candidates(pass_name: str, generation: int, head_dim: int, itemsize: int) -> list[Config]:
-    """What a pass ("fwd", "dkdv" or "dq") may use, the shipped one first.
+    """What a pass may use, the shipped one first.
 
     Args:
+        pass_name: "fwd", or of the backward "preprocess", "dkdv", "sum" or "dq".
         generation: the GPU's compute capability, major number.
         itemsize: bytes of the inputs' dtype, 2 or 4.
 
     >>> candidates("fwd", 9, 128, 2)[0]
     Config(block_m=128, block_n=128, part=64, num_warps=8, num_stages=3)
     """
+    if pass_name in ("preprocess", "sum"):
+        return [STREAMING]
     table = FLOAT_32 if itemsize == 4 else HOPPER_16_BIT if generation == 9 else OTHERS_16_BIT
     return table[min(size for size in table if head_dim <= size)][pass_name]
 

@@ -486,6 +486,27 @@ def _bwd_dkdv_kernel(
         _store_rows(work_dv_ptr + at, offs_n, HEAD_DIM, keep, dv, HEAD_DIM - skip, D0)
 
 
+@triton.jit
+def _sum_pieces(
+    ptr,
+    stride,
+    pieces,
+    rows,
+    keep,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+):
+    total = _load_rows(ptr, rows, HEAD_DIM, keep, HEAD_DIM, D0, D1)
+    for piece in tl.range(1, pieces):
+        x = _load_rows(ptr + piece * stride, rows, HEAD_DIM, keep, HEAD_DIM, D0, D1)
+        out = ()
+        for c in tl.static_range(len(x)):
+            out = out + (total[c] + x[c],)
+        total = out
+    return total
+
+
 @triton.jit(do_not_specialize=["kv_heads", "tokens", "plan_step"])
 def _bwd_sum_kernel(
     work_dk_ptr,
@@ -520,23 +541,12 @@ def _bwd_sum_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     keep = first + offs_n < tokens
     at = ((lane * n + first_slot) * TILE + sub * BLOCK_N) * HEAD_DIM
-    dk = _zeros(BLOCK_N, D0, D1)
-    dv = _zeros(BLOCK_N, D0, D1)
-    for _ in tl.range(0, slots):
-        dk = _sum(dk, _load_rows(work_dk_ptr + at, offs_n, HEAD_DIM, keep, HEAD_DIM, D0, D1))
-        dv = _sum(dv, _load_rows(work_dv_ptr + at, offs_n, HEAD_DIM, keep, HEAD_DIM, D0, D1))
-        at += TILE * HEAD_DIM
-    at = ((b * tokens + first) * kv_heads + h) * HEAD_DIM
-    _store_rows(dk_ptr + at, offs_n, kv_heads * HEAD_DIM, keep, dk, HEAD_DIM, D0)
-    _store_rows(dv_ptr + at, offs_n, kv_heads * HEAD_DIM, keep, dv, HEAD_DIM, D0)
-
-
-@triton.jit
-def _sum(a, b):
-    out = ()
-    for c in tl.static_range(len(a)):
-        out = out + (a[c] + b[c],)
-    return out
+    to = ((b * tokens + first) * kv_heads + h) * HEAD_DIM
+    step = TILE * HEAD_DIM
+    dk = _sum_pieces(work_dk_ptr + at, step, slots, offs_n, keep, HEAD_DIM, D0, D1)
+    _store_rows(dk_ptr + to, offs_n, kv_heads * HEAD_DIM, keep, dk, HEAD_DIM, D0)
+    dv = _sum_pieces(work_dv_ptr + at, step, slots, offs_n, keep, HEAD_DIM, D0, D1)
+    _store_rows(dv_ptr + to, offs_n, kv_heads * HEAD_DIM, keep, dv, HEAD_DIM, D0)
 
 
 @triton.jit

@@ -1,0 +1,80 @@
+"""What the Triton attention kernels compile to for the H100, read without one.
+
+Each test starts a process of its own, since conftest.py has Triton interpret in this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+SHARED_LIMIT = {90: 232448, 80: 166912, 89: 101376}
+"""Bytes of shared memory a block may have, by compute capability (CUDA C++ programming guide)."""
+
+
+def compile_rows(*arguments: object) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.sm90_table", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(rows: list[dict], launches: int, capability: int = 90) -> None:
+    assert len(rows) == launches
+    for row in rows:
+        assert row["stack"] == 0 and row["spill_instructions"] == 0, f"spills: {row}"
+        assert row["shared"] <= SHARED_LIMIT[capability], f"shared memory: {row}"
+        multiplies = row["pass"] in ("fwd", "dkdv", "dq")
+        # An exact float32 product has no tensor-core instruction.
+        tensor_cores = multiplies and capability == 90 and row["dtype"] != "fp32"
+        assert (row["hgmma"] > 0) == tensor_cores, f"HGMMA: {row}"
+        assert row["async_copies"] > 0 or not multiplies, f"loads are not asynchronous: {row}"
+
+
+@pytest.mark.parametrize("name", ["fwd", "dkdv", "dq"])
+@pytest.mark.parametrize(
+    ("dtype", "head_dims"),
+    [
+        ("bf16", (16, 32, 64, 80)),
+        ("bf16", (96, 128)),
+        ("bf16", (192, 256)),
+        ("fp16", (64, 128, 256)),
+        ("fp32", (16, 32, 64, 80)),
+        ("fp32", (128, 256)),
+    ],
+)
+def test_shipped_configurations(name, dtype, head_dims):
+    rows = compile_rows("--passes", name, "--dtypes", dtype, "--head-dims", *head_dims)
+    wide = sum(head_dim > 128 for head_dim in head_dims)
+    check(rows, len(head_dims) + (wide if name == "dkdv" else 0))
+
+
+def test_streaming_kernels():
+    shapes = ("--dtypes", "bf16", "fp32", "--head-dims", 80, 256)
+    check(compile_rows("--passes", "preprocess", "sum", *shapes), 8)
+
+
+@pytest.mark.parametrize("name", ["fwd", "dkdv", "dq"])
+def test_floor_and_softcap(name):
+    shapes = ("--dtypes", "bf16", "--head-dims", 64, 128, 256)
+    check(compile_rows("--passes", name, *shapes, "--all-flags"), 3 + (name == "dkdv"))
+
+
+@pytest.mark.parametrize("capability", [80, 89])
+def test_other_gpus(capability):
+    shapes = ("--dtypes", "bf16", "--head-dims", 128)
+    rows = compile_rows("--capability", capability, "--passes", "fwd", "dkdv", "dq", *shapes)
+    check(rows, 3, capability)
