@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "common/slot_tensor.h"
+#include "overlap.h"
 
 namespace mem1 {
 
@@ -64,6 +65,9 @@ struct Listed {
                       ", -1 for any, got ", tensor.sizes());
     TORCH_CHECK_VALUE(tensor.device() == keep.device(), name(), ": expected device ", keep.device(),
                       " (that of keep), got ", tensor.device());
+    const int64_t item = tensor.element_size();
+    TORCH_CHECK_TYPE(item == 1 || item == 2 || item == 4 || item == 8, name(),
+                     ": expected a dtype of 1, 2, 4 or 8 bytes, got ", tensor.scalar_type());
   }
 
   void check_dense_last() const {
@@ -102,6 +106,10 @@ inline PruneArgs prune_args(at::TensorList keys, at::TensorList values, const at
     check_last_dim_contiguous(*position_delta, "position_delta");
   }
 
+  MemoryCheck memory;
+  memory.write(lengths);
+  memory.read(keep);
+  if (position_delta) memory.read(*position_delta);
   PruneArgs args;
   args.batch = static_cast<int>(batch);
   args.capacity = static_cast<int>(capacity);
@@ -112,6 +120,7 @@ inline PruneArgs prune_args(at::TensorList keys, at::TensorList values, const at
       const at::Tensor& tensor = listed.tensor;
       listed.check({batch, -1, capacity, -1}, kLayout, keep);
       listed.check_dense_last();
+      memory.write(tensor);
       const int64_t head_dim = tensor.size(3);
       if (tensor.numel() == 0) continue;
       int64_t pairs = 0;
@@ -143,8 +152,10 @@ inline PruneArgs prune_args(at::TensorList keys, at::TensorList values, const at
   }
   for (size_t i = 0; i < slots.size(); ++i) {
     Listed{slots[i], "slots", i}.check({batch, capacity}, "[batch, capacity]", keep);
+    memory.write(slots[i]);
     if (slots[i].numel() > 0) args.tensors.push_back(slot_tensor(slots[i], 0, 1, 0, 1, -1));
   }
+  memory.finish();
   return args;
 }
 
@@ -202,6 +213,12 @@ inline PagedPruneArgs paged_prune_args(at::TensorList keys, at::TensorList value
   TORCH_CHECK_VALUE(keys.size() == values.size(), "values: expected ", keys.size(),
                     " tensors like keys, got ", values.size());
 
+  MemoryCheck memory;
+  for (const at::Tensor* tensor : {&lengths, &block_table, &freed, &freed_counts}) {
+    memory.write(*tensor);
+  }
+  memory.read(keep);
+  if (page_refs) memory.read(*page_refs);
   PagedPruneArgs args;
   args.batch = static_cast<int>(batch);
   args.pages = static_cast<int>(pages);
@@ -214,6 +231,7 @@ inline PagedPruneArgs paged_prune_args(at::TensorList keys, at::TensorList value
       const at::Tensor& tensor = listed.tensor;
       listed.check({pages, page_size, -1, -1}, kLayout, keep);
       listed.check_dense_last();
+      memory.write(tensor);
       if (tensor.numel() > 0) {
         args.tensors.push_back(slot_tensor(tensor, 0, tensor.size(3), 0, 1, 2));
       }
@@ -221,8 +239,10 @@ inline PagedPruneArgs paged_prune_args(at::TensorList keys, at::TensorList value
   }
   for (size_t i = 0; i < slots.size(); ++i) {
     Listed{slots[i], "slots", i}.check({pages, page_size}, "[pages, page_size]", keep);
+    memory.write(slots[i]);
     if (slots[i].numel() > 0) args.tensors.push_back(slot_tensor(slots[i], 0, 1, 0, 1, -1));
   }
+  memory.finish();
   return args;
 }
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from mem1_kernels.ops import _library  # noqa: F401  registers the operators
+from mem1_kernels.ops._library import implementations
 from mem1_kernels.ops._memory import check_disjoint
 from mem1_kernels.ops.rope import Rope
 
@@ -79,15 +79,7 @@ def prune_kv_(
     if rope is not None and not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
     steps = [] if rope is None else rope.steps
-    delta = () if position_delta is None else (position_delta,)
-    signature = _signature(
-        ("dense", len(keys), len(values), len(steps)),
-        (*keys, *values, *slots, lengths, keep, *steps, *delta),
-    )
-    if signature not in _checked:
-        _check_dense(keys, values, lengths, keep, slots, position_delta, steps)
-        _remember(signature)
-    torch.ops.mem1.prune_kv_(
+    arguments = (
         list(keys),
         list(values),
         lengths,
@@ -98,6 +90,7 @@ def prune_kv_(
         steps,
         rope is not None and rope.layout == "interleaved",
     )
+    _call("prune_kv_", arguments, keep, lambda: _check_dense(*arguments[:5], position_delta, steps))
     _mark_written(*keys, *values, *slots, lengths)
 
 
@@ -169,36 +162,31 @@ def prune_paged_kv_(
     if layout not in ("NHD", "HND"):
         raise ValueError(f"layout: expected 'NHD' or 'HND', got {layout!r}")
     slots = list(slots or ())
-    optional = [x for x in (page_refs, freed, freed_counts) if x is not None]
-    given = (page_refs is None, freed is None, freed_counts is None)
-    signature = _signature(
-        (layout, len(keys), len(values), given),
-        (*keys, *values, *slots, block_table, lengths, keep, *optional),
-    )
-    if signature not in _checked:
-        _check_paged(
-            keys, values, block_table, lengths, keep, layout, page_refs, slots, freed, freed_counts
-        )
-        _remember(signature)
+    if not isinstance(block_table, Tensor):
+        raise TypeError(f"block_table: expected a tensor, got {type(block_table).__name__}")
     if freed is None:
         freed = torch.empty_like(block_table, memory_format=torch.contiguous_format)
     if freed_counts is None:
-        freed_counts = torch.empty_like(lengths)
+        freed_counts = block_table.new_empty(block_table.shape[:1])
+    pages = [list(keys), list(values)]
     if layout == "HND":
-        keys, values = ([x.transpose(1, 2) for x in xs] for xs in (keys, values))
-    torch.ops.mem1.prune_paged_kv_(
-        list(keys),
-        list(values),
-        block_table,
-        lengths,
+        pages = [[_heads_last(x) for x in xs] for xs in pages]
+    results = (freed, freed_counts)
+    arguments = (*pages, block_table, lengths, keep, page_refs, slots, *results)
+    _call(
+        "prune_paged_kv_",
+        arguments,
         keep,
-        page_refs,
-        slots,
-        freed,
-        freed_counts,
+        lambda: _check_paged(
+            keys, values, block_table, lengths, keep, layout, page_refs, slots, *results
+        ),
     )
     _mark_written(*keys, *values, *slots, block_table, lengths, freed, freed_counts)
     return freed, freed_counts
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    return x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x
 
 
 # What the checks look at, of calls that passed them: a cache that is pruned again is checked once.
@@ -206,13 +194,37 @@ _checked: dict[tuple, None] = {}
 _MOST_CHECKED = 256
 
 
-def _signature(call: tuple, tensors: Sequence[Tensor]) -> tuple | None:
+def _call(name: str, arguments: tuple, keep: Tensor, check: Callable[[], None]) -> None:
+    """Calls an op once its arguments have passed the checks, its own or those given here."""
+    op = getattr(torch.ops.mem1, name)
+    device = keep.device.type.upper() if isinstance(keep, Tensor) else None
+    compiled = "mem1_kernels._C" in implementations.get((name, device), "")
+    if compiled and not torch.compiler.is_compiling():
+        try:
+            op(*arguments)
+        except (RuntimeError, TypeError, ValueError):
+            check()  # names the argument where the op cannot
+            raise
+        return
+    signature = _signature(name, arguments)
+    if signature not in _checked:
+        check()
+        _remember(signature)
+    op(*arguments)
+
+
+def _signature(name: str, arguments: tuple) -> tuple | None:
     """Everything that the checks depend on; None where they cannot be left out."""
+    counts = tuple(len(x) for x in arguments if isinstance(x, list))
+    given = tuple(x is None for x in arguments)
+    tensors = [y for x in arguments for y in (x if isinstance(x, list) else [x])]
+    tensors = [x for x in tensors if x is not None and not isinstance(x, bool)]
     if torch.compiler.is_compiling() or not all(isinstance(x, Tensor) for x in tensors):
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return None
-    return call, *((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)
+    layout = ((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)
+    return name, counts, given, *layout
 
 
 def _remember(signature: tuple | None) -> None:
@@ -254,8 +266,8 @@ def _check_paged(
     layout: str,
     page_refs: Tensor | None,
     slots: Sequence[Tensor],
-    freed: Tensor | None,
-    freed_counts: Tensor | None,
+    freed: Tensor,
+    freed_counts: Tensor,
 ) -> None:
     _check_rows("lengths", lengths, keep)
     batch = keep.shape[0]
@@ -276,13 +288,9 @@ def _check_paged(
     if page_refs is not None:
         _check_int32("page_refs", page_refs, keep, (pages,), "(pages)")
         read["page_refs"] = page_refs
-    if freed is not None:
-        max_pages = block_table.shape[1]
-        _check_int32("freed", freed, keep, (batch, max_pages), "(batch, max_pages)")
-        written["freed"] = freed
-    if freed_counts is not None:
-        _check_int32("freed_counts", freed_counts, keep, (batch,), "(batch)")
-        written["freed_counts"] = freed_counts
+    _check_int32("freed", freed, keep, (batch, block_table.shape[1]), "(batch, max_pages)")
+    _check_int32("freed_counts", freed_counts, keep, (batch,), "(batch)")
+    written |= {"freed": freed, "freed_counts": freed_counts}
     _check_memory(written, read)
 
 
