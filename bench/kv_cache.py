@@ -1,4 +1,4 @@
-"""KV-cache ops: pruning against gathers and the device's copy rate.
+"""KV-cache ops: pruning against gathers and the device's copy rate, attention against padded SDPA.
 
     python -m bench.kv_cache --device cpu --batch 1 --survivors 356
     python -m bench.kv_cache --device cuda --out results.json
@@ -13,6 +13,15 @@ The work of a prune is its moved bytes, read and written: `2 * moves * batch * b
 
 Peers: `index_select` and `gather` (Hugging Face's and kvpress's ways: survivors go to new tensors,
 layer by layer), `cat` (slices of the parts, for one contiguous hole), `copy` (the device's rate).
+
+The part `attend` is one layer's cached_attention over ragged rows, whose lengths spread evenly from
+a quarter of the context to all of it. The work of a decode step is the keys and values of the
+rows, read once: `2 * sum(lengths) * kv_heads * head_dim * bytes an element`; `of copy` compares
+that rate with the copy's. Of a longer piece (`new` tokens a row, such as an observation's) it is
+`4 * head_dim * heads * visible pairs` FLOP. Peers: `sdpa` (padded to the longest row, under a
+boolean mask, as Hugging Face calls it), `rows` (one SDPA a row, cut to its length), and on CUDA,
+where importable, `flex` (FlexAttention, its block mask made beforehand), `flash` (flash-attn's
+kvcache op) and `flashinfer` (paged decode, with the plan that each new set of lengths costs).
 """
 
 from __future__ import annotations
@@ -27,7 +36,13 @@ from torch import Tensor
 
 from bench.timing import measure, print_row, write_results
 from mem1_kernels.ops._library import implementations
-from mem1_kernels.ops.kv_cache import Rope, prune_kv_, prune_paged_kv_
+from mem1_kernels.ops.kv_cache import (
+    Rope,
+    append_kv_,
+    cached_attention,
+    prune_kv_,
+    prune_paged_kv_,
+)
 
 
 @dataclass(frozen=True)
@@ -244,9 +259,187 @@ def run_paged(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+ATTEND_COLUMNS = [
+    "model", "batch", "context", "new", "held", "attend_ms", "gb_s", "of_copy", "tflop_s",
+    "append_ms", "sdpa_over_ours", "rows_over_ours", "flex_over_ours", "flash_over_ours",
+    "flashinfer_over_ours",
+]  # fmt: skip
+QUERY_HEADS = {"qwen2.5-7b": 28, "qwen2.5-14b": 40}
+
+
+@dataclass(frozen=True)
+class Attend:
+    """One layer's queries and ragged caches; these lie as `[batch, capacity, heads, dim]`."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+
+    @property
+    def new_tokens(self) -> int:
+        return self.query.shape[1]
+
+    def mask(self) -> Tensor:
+        """bool `[batch, 1, new, longest row]`."""
+        slot = torch.arange(int(self.lengths.max()), device=self.query.device)
+        token = torch.arange(self.new_tokens, device=self.query.device)
+        own = self.lengths[:, None] - self.new_tokens + token
+        return (slot <= own[:, :, None])[:, None]
+
+
+def sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, enable_gqa=True
+    )
+
+
+def sdpa_peers(case: Attend) -> dict[str, Callable[[], Any]]:
+    query, mask = case.query.transpose(1, 2), case.mask()
+    longest, lengths = mask.shape[3], case.lengths.tolist()
+
+    def by_rows() -> None:
+        for row, held in enumerate(lengths):
+            own = slice(row, row + 1)
+            rows_mask = None if case.new_tokens == 1 else mask[own, ..., :held]
+            sdpa(query[own], case.keys[own, :, :held], case.values[own, :, :held], rows_mask)
+
+    padded = case.keys[:, :, :longest], case.values[:, :, :longest]
+    return {"sdpa": lambda: sdpa(query, *padded, mask), "rows": by_rows}
+
+
+def flex_peer(case: Attend) -> dict[str, Callable[[], Any]]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    lengths, new_tokens = case.lengths, case.new_tokens
+    batch, capacity = lengths.shape[0], case.keys.shape[2]
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k <= lengths[b] - new_tokens + q
+
+    block_mask = create_block_mask(visible, batch, None, new_tokens, capacity, device="cuda")
+    query = case.query.transpose(1, 2).contiguous()
+    compiled = torch.compile(flex_attention, dynamic=False)
+    arguments = (query, case.keys, case.values)
+    return {"flex": lambda: compiled(*arguments, block_mask=block_mask, enable_gqa=True)}
+
+
+def flash_peer(case: Attend) -> dict[str, Callable[[], Any]]:
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:
+        return {}
+    keys, values = case.keys.transpose(1, 2), case.values.transpose(1, 2)
+    return {
+        "flash": lambda: flash_attn_with_kvcache(
+            case.query, keys, values, cache_seqlens=case.lengths, causal=True
+        )
+    }
+
+
+def flashinfer_peer(case: Attend) -> dict[str, Callable[[], Any]]:
+    try:
+        import flashinfer
+    except ImportError:
+        return {}
+    if case.new_tokens > 1:
+        return {}
+    batch, kv_heads, capacity, head_dim = case.keys.shape
+    row_pages = capacity // PAGE_SIZE
+    pages = torch.stack((case.keys, case.values)).permute(1, 3, 0, 2, 4)
+    pages = pages.unflatten(1, (row_pages, PAGE_SIZE)).transpose(2, 3).flatten(0, 1).contiguous()
+    used = (case.lengths + PAGE_SIZE - 1) // PAGE_SIZE
+    ends = torch.nn.functional.pad(used.cumsum(0), (1, 0)).int()
+    page = torch.arange(row_pages, device="cuda").expand(batch, -1)
+    of_row = page + row_pages * torch.arange(batch, device="cuda")[:, None]
+    indices = of_row[page < used[:, None]].int()
+    last = case.lengths - (used - 1) * PAGE_SIZE
+    workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
+    heads, dtype = case.query.shape[2], case.query.dtype
+    query = case.query[:, 0].contiguous()
+
+    def run() -> None:
+        wrapper.plan(
+            ends, indices, last, heads, kv_heads, head_dim, PAGE_SIZE,
+            q_data_type=dtype, kv_data_type=dtype,
+        )  # fmt: skip
+        wrapper.run(query, pages)
+
+    return {"flashinfer": run}
+
+
+def attend_row(
+    model: str, batch: int, context: int, new_tokens: int, args: argparse.Namespace
+) -> dict[str, Any] | None:
+    """One line of the table, or None where the cache would not fit."""
+    shape, heads, dtype = MODELS[model], QUERY_HEADS[model], DTYPES[args.dtype]
+    capacity = (context + 63) // 64 * 64
+    token_bytes = shape.token_bytes(dtype) // shape.layers
+    if batch * capacity * token_bytes > args.cache_bytes // 4:
+        return None
+    slots = (batch, capacity, shape.kv_heads, shape.head_dim)
+    keys, values = (
+        torch.randn(slots, device=args.device).to(dtype).transpose(1, 2) for _ in range(2)
+    )
+    least = max(context // 4, new_tokens)
+    lengths = torch.linspace(context, least, batch, device=args.device).int()
+    query = torch.randn(batch, new_tokens, heads, shape.head_dim, device=args.device).to(dtype)
+    case = Attend(query, keys, values, lengths)
+    new = keys[:, :, :new_tokens].clone()
+    before = lengths - new_tokens
+    held = int(lengths.sum())
+    copied = torch.ones(held * token_bytes, dtype=torch.uint8, device=args.device)
+    target = torch.empty_like(copied)
+    candidates: dict[str, Callable[[], Any]] = {
+        "attend": lambda: cached_attention(query, keys, values, lengths),
+        "append": lambda: append_kv_(new, new, keys, values, before),
+        "copy": lambda: target.copy_(copied),
+        **sdpa_peers(case),
+    }
+    if args.device == "cuda":
+        candidates |= flex_peer(case) | flash_peer(case) | flashinfer_peer(case)
+    times = measure(candidates, device=args.device, rounds=args.rounds, seconds=args.seconds)
+    ours = times["attend"]
+    pairs = new_tokens * held - batch * new_tokens * (new_tokens - 1) // 2
+    result: dict[str, Any] = {
+        "model": model,
+        "batch": batch,
+        "context": context,
+        "new": new_tokens,
+        "held": held,
+        "gb_s": held * token_bytes / ours.median / 1e9,
+        # The copy reads and writes every byte.
+        "of_copy": times["copy"].over(ours) / 2,
+        "tflop_s": 4 * shape.head_dim * heads * pairs / ours.median / 1e12,
+    }
+    for name, timing in times.items():
+        result[f"{name}_ms"] = 1e3 * timing.median
+        result[name] = timing.row()
+        result[f"{name}_over_ours"] = timing.over(ours)
+    return result
+
+
+def run_attend(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    print_row({name: name for name in ATTEND_COLUMNS}, ATTEND_COLUMNS)
+    for model in args.models:
+        for batch in args.batch:
+            for context in args.context:
+                for new_tokens in args.new_tokens:
+                    if new_tokens > context:
+                        continue
+                    row = attend_row(model, batch, context, new_tokens, args)
+                    if row is not None:
+                        rows.append({"part": "attend", **row})
+                        print_row(row, ATTEND_COLUMNS)
+    return rows
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "prune": run_prune,
     "paged": run_paged,
+    "attend": run_attend,
 }
 
 
@@ -257,6 +450,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--survivors", nargs="+", type=int, default=[100, 356, 1000, 4000])
+    parser.add_argument("--context", nargs="+", type=int, default=[1400, 8192])
+    parser.add_argument("--new-tokens", nargs="+", type=int, default=[1, 500])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=4.0, help="at most, for each line")
@@ -266,6 +461,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.models, args.batch, args.survivors = ["qwen2.5-7b"], [1, 8], [356, 1000]
+        args.context = [1400]
         args.rounds = 5
     if args.cache_bytes is None:
         args.cache_bytes = CACHE_BYTES[args.device]
