@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -344,8 +345,14 @@ class Broken(TableEnvironment):
 def test_a_failing_tool_ends_its_episode_and_most_of_them_the_run(tmp_path):
     config = small(tmp_path, steps=1, sft_steps=0)
     world = replace(make_world(config), make=Broken)
-    run = train(config, world=world, progress=False)
+    run = train(replace(config, save_transcripts=True), world=world, progress=False)
     assert run.history[0]["failed"] == 2
+    left = read_transcripts(str(tmp_path / "run" / "transcripts" / "000000.jsonl"))
+    assert len(left) == 6
+    grouped = replace(config, group_size=4)
+    Broken.begun = 2
+    with pytest.raises(RuntimeError, match="step 0: a tool failed in every group"):
+        train(grouped, world=world, progress=False)
     Broken.every = 1
     with pytest.raises(RuntimeError, match="8 of 8 episodes failed"):
         train(config, world=world, progress=False)
@@ -663,6 +670,11 @@ def test_errors_of_a_run(tmp_path):
     world = replace(make_world(config), demonstrate=None)
     with pytest.raises(ValueError, match="transcripts: this task has no teacher"):
         train(config, world=world, progress=False)
+    for name, value in (("distributed_type", "DEEPSPEED"), ("mixed_precision", "fp16")):
+        stub = SimpleNamespace(distributed_type="NO", is_fsdp2=False, mixed_precision="no")
+        setattr(stub, name, value)
+        with pytest.raises(ValueError, match=name.replace("distributed_type", "accelerator")):
+            Learner(config, stub, attend)
     learner, batch, rows = played(config)
 
     def not_a_number(row, log_probs, entropy, values):

@@ -18,7 +18,7 @@ else:
 from mem1_kernels.trajectory import Retention, keep_all, keep_last, mem1
 
 # Largest and mean |log-prob of the rollout - log-prob of the trainer| that pass as rounding.
-TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 0.05), "float16": (0.5, 0.01)}
+TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 0.05)}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -47,7 +47,7 @@ class Config:
     save_transcripts: bool = _option(False, "write each step's episodes into `out`/transcripts")
     # model
     model: str = _option("tiny", "Hugging Face id or path, or tiny: 2 layers, 64 wide, for ids")
-    dtype: str = _option("float32", "of the loaded weights: float32, bfloat16 or float16")
+    dtype: str = _option("float32", "of the loaded weights: float32 or bfloat16")
     bf16: bool = _option(False, "compute in bfloat16 over the weights (autocast)")
     lora_rank: int = _option(0, "train LoRA adapters of this rank on all linear layers; 0: all")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass")

@@ -47,7 +47,7 @@ def memory_budget(
     decoder = whole - (0 if text.tie_word_embeddings else head)
     critic = decoder if config.critic == "model" and config.algorithm == "ppo" else 0
 
-    held = 2 if config.dtype in ("bfloat16", "float16") else 4
+    held = 2 if config.dtype == "bfloat16" else 4
     computed = 2 if config.bf16 or held == 2 else 4
     master = 4 if config.bf16 else held
     policy = adapters if config.lora_rank else whole

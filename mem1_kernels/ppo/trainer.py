@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -84,6 +84,8 @@ from mem1_kernels.rollout import Rollout, collate
 from mem1_kernels.trajectory import Layout, Retention, Segment, Trajectory, pack, unroll
 
 logger = logging.getLogger(__name__)
+
+UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass
@@ -297,6 +299,15 @@ class Learner:
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, attend: Attend) -> None:
+        if accelerator.distributed_type in UNSUPPORTED and not accelerator.is_fsdp2:
+            raise ValueError(
+                "accelerator: expected one process, DDP or FSDP2 (--fsdp_version 2), "
+                f"got {accelerator.distributed_type}"
+            )
+        if accelerator.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f"mixed_precision: expected 'no' or 'bf16', got {accelerator.mixed_precision!r}"
+            )
         critic = config.critic if config.algorithm == "ppo" else "none"
         module = ActorCritic(make_policy(config), critic, config.temperature, attend)
         policy = [p for p in module.policy.parameters() if p.requires_grad]
@@ -401,7 +412,7 @@ def collect(
     number, so that it does not matter which process plays them.
 
     Raises:
-        RuntimeError: an episode could not begin, or more than half of them failed.
+        RuntimeError: an episode could not begin, or half of them failed.
     """
     numbers = [number for number in range(len(tasks)) for _ in range(group_size)]
     batches = [
@@ -438,7 +449,7 @@ def collect(
         played = gather_episodes(played, retention)
     everyone = [episode for _, batch in sorted(played, key=itemgetter(0)) for episode in batch]
     failed = sum(episode.failed for episode in everyone)
-    if failed * 2 > len(everyone):
+    if failed * 2 >= len(everyone):
         raise RuntimeError(f"{failed} of {len(everyone)} episodes failed; the log says why")
     return everyone
 
@@ -575,19 +586,20 @@ class Batch:
         counts = [count for size in sizes.values() for count in size]
         rows = []
         for members in fill(counts, config.token_budget):
-            numbers = [units[member] for member in members]
             layout, _ = collate(
-                [[self.episodes[number].rollout for number in unit] for unit in numbers],
+                [[self.episodes[number].rollout for number in units[m]] for m in members],
                 positions=cast(Any, config.positions),
             )
-            places = [
-                self.starts[number] + trajectory.loss_mask.cumsum(0) - 1
-                for unit in numbers
-                for number in unit
-                for trajectory in [self.episodes[number].rollout.trajectory]
+            # Of a trajectory's token that was generated: how many were before it in the batch.
+            before = [
+                self.starts[number]
+                + self.episodes[number].rollout.trajectory.loss_mask.cumsum(0)
+                - 1
+                for member in members
+                for number in units[member]
             ]
-            index = torch.cat(places)[layout.source][layout.loss_mask]
-            rows.append(Row.of(layout, index, device))
+            where = torch.cat(before)[layout.source][layout.loss_mask]
+            rows.append(Row.of(layout, where, device))
         return rows
 
 
@@ -1034,8 +1046,7 @@ def train(
         log_with=config.trackers.split(",") if config.trackers else None,
         project_dir=config.out,
     )
-    if accelerator.num_processes > 1 and not accelerator.is_main_process:
-        progress = False
+    progress = progress and accelerator.is_main_process
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     saved = checkpoints(out)
@@ -1086,6 +1097,12 @@ def train(
                 max_turns=config.max_turns,
                 group_size=config.group_size,
             )
+        # What a broken tool ended is no fault of the policy: it goes, and what is compared with it.
+        broken = {episode.task for episode in episodes if episode.failed}
+        failed = sum(episode.failed for episode in episodes)
+        episodes = [episode for episode in episodes if episode.task not in broken]
+        if not episodes:
+            raise RuntimeError(f"step {step}: a tool failed in every group of episodes")
         batch = Batch.of(episodes, device)
         rows = batch.rows(range(len(episodes)), config, retention, device)
         batch.log_probs, batch.values = score(learner, rows, batch.sampled, watch)
@@ -1115,7 +1132,7 @@ def train(
             "turns": turns / len(episodes),
             "dropped_a_turn": sum(episode.dropped_tokens for episode in episodes) / turns,
             "cut_turns": sum(not t.closed for r in rollouts for t in r.turns) / turns,
-            "failed": sum(episode.failed for episode in episodes),
+            "failed": failed,
             "rows": len(rows),
             "tokens_a_second": tokens / seconds,
             "seconds": seconds,
@@ -1140,7 +1157,7 @@ def train(
     if config.eval_every:
         evaluation(config.steps)
     log.close()
-    engine = learner.ready_engine()
+    engine = unpatch(learner.ready_engine())
     if accelerator.is_main_process:
         engine.save_pretrained(out / "policy")
         if world.tokenizer is not None:
