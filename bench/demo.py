@@ -1,8 +1,9 @@
-"""The main job on one screen: `make demo`.
+"""The main job on one screen, a few minutes on two cores: `make demo`.
 
-Trains a small Qwen2-shaped model for a few steps on packed MEM1 trajectories cut from real text
-(the documentation that Python ships), once through the patch and once with the dense mask, each in
-a process of its own, and prints loss, time and memory side by side.
+What it runs on; the picture of the mask; the op against a dense mask; a few training steps of a
+small Qwen2 on real text (the documentation that Python ships), through the patch and with the dense
+mask; a rollout on a pruned cache against the training pass; and PPO on the chain task, whose agent
+then chases pointers over up to 32 hops on a context that stays flat.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -18,8 +20,21 @@ from pydoc_data.topics import topics
 
 import torch
 
-from mem1_kernels import BlockPlan, Layout, Segment, Trajectory, pack, visible
+from bench.timing import measure
+from mem1_kernels import (
+    BlockPlan,
+    Layout,
+    Segment,
+    Trajectory,
+    info,
+    keep_all,
+    pack,
+    trajectory_attention,
+    visible,
+)
 from mem1_kernels.hf import patched
+from mem1_kernels.rollout import TrajectoryRollout, Turn, collate, score
+from mem1_kernels.testing import turns
 
 TOKENS = 4096
 STEPS = 4
@@ -100,7 +115,9 @@ def show_training() -> None:
         command = [sys.executable, "-m", "bench.demo", "--train", way]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         results[way] = json.loads(output.splitlines()[-1])
-    print(f"\nTraining: {STEPS} steps of {TOKENS:,} tokens of Python's documentation, 2-layer Qwen2")
+    print(
+        f"\nTraining: {STEPS} steps of {TOKENS:,} tokens of Python's documentation, 2-layer Qwen2"
+    )
     print(f"{'':14}{'loss':^36}{'s/step':>8}{'peak MB over the model':>26}")
     for way, result in results.items():
         losses = "  ".join(f"{loss:7.4f}" for loss in result["losses"])
@@ -110,23 +127,100 @@ def show_training() -> None:
     print(f"largest difference of the losses: {max(abs(a - b) for a, b in pairs):.1e}")
 
 
+def show_speed() -> None:
+    layout = turns(300, 8, 40, 16, 500)
+    plan = BlockPlan.from_expiry(layout.expiry)
+    mask = visible(layout.expiry)
+    query, key, value = (torch.randn(1, layout.num_tokens, heads, 64) for heads in (8, 2, 2))
+    heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    times = measure(
+        {
+            "mem1_kernels": lambda: trajectory_attention(query, key, value, plan=plan),
+            "dense mask": lambda: sdpa(*heads_first, attn_mask=mask, enable_gqa=True),
+        },
+        device="cpu",
+        rounds=5,
+        warmup=1,
+    )
+    ours, dense = times["mem1_kernels"], times["dense mask"]
+    print(
+        f"\nForward over {layout.num_tokens:,} tokens of 8 turns, 8 heads: "
+        f"{1e3 * ours.median:.0f} ms; scaled_dot_product_attention with the dense mask "
+        f"{1e3 * dense.median:.0f} ms ({dense.over(ours):.1f}x)"
+    )
+
+
+def show_rollout() -> None:
+    model = make_model("sdpa").eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def respond(written: list[Turn]) -> list[list[int]]:
+        return [torch.randint(0, 256, (100,), generator=generator).tolist() for _ in written]
+
+    rollouts = TrajectoryRollout(model, max_turns=8, max_new_tokens=16).run(
+        [list(b"What does this module do?"), list(b"And this one?")], respond, generator=generator
+    )
+    layout, sampled = collate(rollouts)
+    with torch.no_grad():
+        gap = float((score(model, layout) - sampled).abs().max())
+    for rollout in rollouts:
+        print(
+            f"\nRollout of {len(rollout.turns)} turns, {rollout.trajectory.num_tokens} tokens: at "
+            f"most {rollout.peak_tokens} in the cache",
+            end="",
+        )
+    print(
+        f"\nlargest |difference| of {int(layout.loss_mask.sum())} sampled log-probs and one masked "
+        f"training pass: {gap:.1e}"
+    )
+
+
+def show_ppo(out: Path) -> None:
+    from mem1_kernels.ppo.config import read_config
+    from mem1_kernels.ppo.trainer import evaluate, train
+
+    config = read_config(
+        Path(__file__).parents[1] / "configs" / "chain.toml", out=str(out / "chain"), eval_every=0
+    )
+    print("\nPPO on the chain task (pointers over 2 to 4 hops; the teacher forgot on purpose)")
+    run = train(config)
+    print("reward:", "  ".join(f"{reward:.2f}" for reward in run.rewards))
+    gap = max(record["log_prob_gap"] for record in run.history if "log_prob_gap" in record)
+    print(f"largest |difference| of rollout and trainer log-probs in any step: {gap:.1e}")
+    print(f"curves -> {out / 'chain'}\n")
+    print(
+        f"{'hops':>5}{'reward':>9}{'peak context':>15}{'under full context: reward':>29}{'peak':>7}"
+    )
+    sizes = [2, 4, 8, 16, 32]
+    ours = evaluate(config, run.policy, sizes=sizes)
+    full = evaluate(config, run.policy, sizes=sizes, retention=keep_all)
+    for row, other in zip(ours, full, strict=True):
+        print(
+            f"{row['size']:5.0f}{row['reward']:9.2f}{row['peak_context']:15.0f}"
+            f"{other['reward']:29.2f}{other['peak_context']:7.0f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", choices=["mem1_kernels", "dense mask"], help=argparse.SUPPRESS)
-    parser.add_argument("--out", default="out", help="folder for pictures")
+    parser.add_argument("--out", default="out/demo", help="folder for pictures and checkpoints")
     options = parser.parse_args()
     if options.train:
         print(json.dumps(train(options.train)))
         return
-    from mem1_kernels import info
-
     print(info.report())
     out = Path(options.out)
+    shutil.rmtree(out / "chain", ignore_errors=True)  # the last demo's checkpoints
     out.mkdir(parents=True, exist_ok=True)
     layout = text_trajectory(b"x" * 2520, 2520)
     layout.plot(out / "mask.png")
     print(f"\nMask: {layout}, peak context {layout.peak_context} tokens -> {out / 'mask.png'}")
+    show_speed()
     show_training()
+    show_rollout()
+    show_ppo(out)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ library = torch.library.Library("mem1", "DEF")
 library.define("block_plan(Tensor expiry, Tensor? floor) -> Tensor")
 library.define("window_floor(Tensor expiry, Tensor position_ids, int window) -> Tensor")
 library.define(
-    "trajectory_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor expiry, Tensor? floor, "
-    "Tensor[] rows, float scale, float softcap) -> (Tensor, Tensor)"
+    "trajectory_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor expiry, "
+    "Tensor? floor, Tensor[] rows, float scale, float softcap) -> (Tensor, Tensor)"
 )
 library.define(
     "trajectory_attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "

@@ -19,7 +19,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, softcap: float) -> Tensor:
 
 
 def _clean(x: Tensor, dead: Tensor) -> Tensor:
-    """`x` `[batch, tokens, heads, head_dim]` with the rows of dead tokens `[P, tokens]` set to 0."""
+    """`x` `[batch, tokens, heads, head_dim]`, the rows of dead tokens `[P, tokens]` set to 0."""
     return x.masked_fill(dead[:, :, None, None], 0)
 
 
@@ -36,7 +36,7 @@ def attention_forward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Masked attention, its output `[batch, tokens, heads, head_dim]` and LSE `[batch, heads, tokens]`.
+    """Masked attention: output `[batch, tokens, heads, head_dim]`, LSE `[batch, heads, tokens]`.
 
     expiry, floor: `[P, tokens]`, P in {1, batch}. A row that sees nothing: output 0, LSE -inf.
     """
