@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mem1_kernels import trajectory_attention
 from mem1_kernels.ops import reference
+from mem1_kernels.ops._library import implementations
 from mem1_kernels.ops.kv_cache import append_kv_, cached_attention
 
 
@@ -318,6 +319,20 @@ def test_append_to_one_memory_twice_is_an_error():
         append_kv_(**arguments)
 
 
+def test_the_compiled_op_checks_memory_itself():
+    if "C++" not in implementations["append_kv_", "CPU"]:
+        pytest.skip("needs the extension")
+    arguments = append_arguments()
+    cache = arguments["key_cache"]
+    for change in ({"value_cache": cache}, {"keys": cache[:, :, 1:3]}):
+        overlapping = {**arguments, **change}
+        with pytest.raises(ValueError, match="memory apart from all others, got an overlap"):
+            torch.ops.mem1.append_kv_(*overlapping.values())
+    expanded = {**arguments, "value_cache": torch.zeros(2, 1, 8, 16).expand(2, 3, 8, 16)}
+    with pytest.raises(ValueError, match="every element of a tensor that is written"):
+        torch.ops.mem1.append_kv_(*expanded.values())
+
+
 def test_eight_byte_caches_are_an_error():
     arguments = {
         name: x.double() if x is not None and x.is_floating_point() else x
@@ -356,6 +371,7 @@ ATTENTION_ERRORS = [
     ({"scale": 0.0}, ValueError, r"scale: expected a finite number > 0 or None, got 0.0"),
     ({"scale": float("nan")}, ValueError, r"scale: expected a finite number > 0 or None, got nan"),
     ({"softcap": 0.0}, ValueError, r"softcap: expected a finite number > 0 or None, got 0.0"),
+    ({"window": 3.5}, TypeError, r"window: expected an int or None, got float"),
     ({"window": 0}, ValueError, r"window: expected at least 1 token or None, got 0"),
     ({"window": 3}, ValueError, r"positions: a window needs each slot's position, got None"),
     (

@@ -7,7 +7,6 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
 #include <optional>
@@ -15,8 +14,10 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/run_in_order.h"
 #include "cpu/simd.h"
 #include "ops.h"
+#include "overlap.h"
 
 namespace mem1 {
 namespace {
@@ -56,21 +57,6 @@ void check_range(const std::vector<int64_t>& rows, const char* name, int64_t row
                  int64_t most, const char* meaning) {
   TORCH_CHECK_VALUE(rows[row] >= least && rows[row] <= most, name, ": expected ", least, " to ",
                     most, " (", meaning, ") in row ", row, ", got ", rows[row]);
-}
-
-// Runs unit(index, scratch) for all units; threads claim them in ascending order.
-template <typename Unit>
-void run_in_order(int64_t units, int64_t scratch_floats, const Unit& unit) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), units);
-  const at::Tensor scratch = at::empty({threads, scratch_floats}, at::kFloat);
-  std::atomic<int64_t> claimed{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      float* memory = scratch.data_ptr<float>() + thread * scratch_floats;
-      for (int64_t i; (i = claimed.fetch_add(1, std::memory_order_relaxed)) < units;)
-        unit(i, memory);
-    }
-  });
 }
 
 const cpu::CachedAttentionKernels& kernels(cpu::ElementType type) {
@@ -132,6 +118,12 @@ void append_kv_cpu(const at::Tensor& keys, const at::Tensor& values, const at::T
     check_dtype(tensor, name, key_cache.scalar_type());
     check_last_dim_contiguous(tensor, name);
   }
+  MemoryCheck memory;
+  memory.write(key_cache);
+  memory.write(value_cache);
+  memory.read(keys);
+  memory.read(values);
+  memory.finish();
   const std::vector<int64_t> held = read_rows(lengths, "lengths", shape.batch);
   const std::vector<int64_t> taken = counts ? read_rows(*counts, "counts", shape.batch)
                                             : std::vector<int64_t>(shape.batch, new_tokens);
@@ -286,8 +278,8 @@ std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
         scratch);
     if (group.splits == 1) combine(group, group_out, group_lse);
   };
-  run_in_order(static_cast<int64_t>(units.size()),
-               unit_scratch + static_cast<int64_t>(kTile) * (head_dim + 1), attend);
+  cpu::run_in_order(static_cast<int64_t>(units.size()),
+                    unit_scratch + static_cast<int64_t>(kTile) * (head_dim + 1), attend);
   if (partials > 0) {
     at::parallel_for(0, static_cast<int64_t>(groups.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -171,6 +171,8 @@ def cached_attention(
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
     if window is not None:
+        if not isinstance(window, (int, torch.SymInt)):
+            raise TypeError(f"window: expected an int or None, got {type(window).__name__}")
         if window < 1:
             raise ValueError(f"window: expected at least 1 token or None, got {window}")
         if positions is None:
