@@ -32,6 +32,9 @@ step sanitizer 60 compute-sanitizer --error-exitcode 9 \
 step attention 100 "$PYTHON" -m bench.attention --device cuda --dtypes bfloat16 --head-dim 128 \
   --heads 32 --kv-heads 8 --tokens 8192 32768 131072 --layouts qa turns1000 causal \
   --rounds 10 --seconds 1.5 --out "$OUT/attention.json"
-step kv_cache 60 "$PYTHON" -m bench.kv_cache --device cuda --out "$OUT/kv_cache.json"
+step kv_cache 60 "$PYTHON" -m bench.kv_cache --device cuda --parts prune paged \
+  --out "$OUT/kv_cache.json"
+step attend 45 "$PYTHON" -m bench.kv_cache --device cuda --parts attend --models qwen2.5-7b \
+  --batch 1 32 128 --rounds 10 --seconds 0.5 --out "$OUT/cached_attention.json"
 echo "=== summary"
 cat "$summary"

@@ -19,9 +19,10 @@ a quarter of the context to all of it. The work of a decode step is the keys and
 rows, read once: `2 * sum(lengths) * kv_heads * head_dim * bytes an element`; `of copy` compares
 that rate with the copy's. Of a longer piece (`new` tokens a row, such as an observation's) it is
 `4 * head_dim * heads * visible pairs` FLOP. Peers: `sdpa` (padded to the longest row, under a
-boolean mask, as Hugging Face calls it), `rows` (one SDPA a row, cut to its length), and on CUDA,
-where importable, `flex` (FlexAttention, its block mask made beforehand), `flash` (flash-attn's
-kvcache op) and `flashinfer` (paged decode, with the plan that each new set of lengths costs).
+boolean mask, as Hugging Face calls it), `rows` (one SDPA a row, cut to its length), and on CUDA
+`flex` (FlexAttention, with --flex; its block mask is made beforehand) and, where importable,
+`flash` (flash-attn's kvcache op) and `flashinfer` (paged decode, with the plan that each new set
+of lengths costs).
 """
 
 from __future__ import annotations
@@ -398,7 +399,9 @@ def attend_row(
         **sdpa_peers(case),
     }
     if args.device == "cuda":
-        candidates |= flex_peer(case) | flash_peer(case) | flashinfer_peer(case)
+        candidates |= flash_peer(case) | flashinfer_peer(case)
+        if args.flex:
+            candidates |= flex_peer(case)
     times = measure(candidates, device=args.device, rounds=args.rounds, seconds=args.seconds)
     ours = times["attend"]
     pairs = new_tokens * held - batch * new_tokens * (new_tokens - 1) // 2
@@ -452,6 +455,7 @@ def main() -> None:
     parser.add_argument("--survivors", nargs="+", type=int, default=[100, 356, 1000, 4000])
     parser.add_argument("--context", nargs="+", type=int, default=[1400, 8192])
     parser.add_argument("--new-tokens", nargs="+", type=int, default=[1, 500])
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too: slow to compile")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=4.0, help="at most, for each line")
