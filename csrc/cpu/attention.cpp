@@ -191,7 +191,8 @@ void run_in_order(int64_t units, int64_t scratch_floats, const Unit& unit) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       float* memory = scratch.data_ptr<float>() + thread * scratch_floats;
-      for (int64_t i; (i = claimed.fetch_add(1, std::memory_order_relaxed)) < units;) unit(i, memory);
+      for (int64_t i; (i = claimed.fetch_add(1, std::memory_order_relaxed)) < units;)
+        unit(i, memory);
     }
   });
 }
@@ -234,11 +235,11 @@ std::tuple<at::Tensor, at::Tensor> trajectory_attention_fwd_cpu(
     const int64_t kv_head = head / shape.group();
     const int64_t layout = plan.layouts == 1 ? 0 : batch;
     const int64_t tile = plan.order[layout * plan.tiles + index / all_heads];
-    kernel.forward({problem, plan.list(layout, tile), tile, rows_of(query, batch, head),
-                    rows_of(key, batch, kv_head), rows_of(value, batch, kv_head),
-                    rows_of(out, batch, head),
-                    lse.data_ptr<float>() + (batch * shape.heads + head) * shape.tokens},
-                   scratch);
+    kernel.forward(
+        {problem, plan.list(layout, tile), tile, rows_of(query, batch, head),
+         rows_of(key, batch, kv_head), rows_of(value, batch, kv_head), rows_of(out, batch, head),
+         lse.data_ptr<float>() + (batch * shape.heads + head) * shape.tokens},
+        scratch);
   };
   run_in_order(plan.tiles * all_heads, cpu::forward_scratch(problem.head_dim), unit);
   return {out, lse};
@@ -250,7 +251,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_bwd_cpu(
     const at::Tensor& expiry, const std::optional<at::Tensor>& floor, at::TensorList rows,
     at::TensorList columns, double scale, double softcap) {
   const Shape shape = check_activations(query, key, value);
-  const std::pair<const char*, const at::Tensor&> outputs[] = {{"grad_out", grad_out}, {"out", out}};
+  const std::pair<const char*, const at::Tensor&> outputs[] = {{"grad_out", grad_out},
+                                                               {"out", out}};
   for (const auto& [name, tensor] : outputs) {
     check_shape(tensor, name, query.sizes(), kActivations);
     check_dtype(tensor, name, query.scalar_type());
@@ -296,16 +298,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_bwd_cpu(
     const int64_t lse_offset = (batch * shape.heads + head) * shape.tokens;
     const Order& order = orders[layout];
     const cpu::TileList list = plan.list(layout, tile);
-    kernel.backward(
-        {problem, list, tile, rows_of(query, batch, head), rows_of(key, batch, kv_head),
-         rows_of(value, batch, kv_head), rows_of(out, batch, head), rows_of(grad_out, batch, head),
-         lse_rows.data_ptr<float>() + lse_offset,
-         grad_lse ? grad_lse_rows.data_ptr<float>() + lse_offset : nullptr,
-         rows_of(grad_query, batch, head), rows_of(grad_key, batch, kv_head),
-         rows_of(grad_value, batch, kv_head), sums.data_ptr<float>() + column * sums_floats,
-         {tile, member, group, turns.data() + column * n, order.first.data(),
-          order.following.data() + plan.offsets[layout * (n + 1) + tile]}},
-        scratch);
+    kernel.backward({problem,
+                     list,
+                     tile,
+                     rows_of(query, batch, head),
+                     rows_of(key, batch, kv_head),
+                     rows_of(value, batch, kv_head),
+                     rows_of(out, batch, head),
+                     rows_of(grad_out, batch, head),
+                     lse_rows.data_ptr<float>() + lse_offset,
+                     grad_lse ? grad_lse_rows.data_ptr<float>() + lse_offset : nullptr,
+                     rows_of(grad_query, batch, head),
+                     rows_of(grad_key, batch, kv_head),
+                     rows_of(grad_value, batch, kv_head),
+                     sums.data_ptr<float>() + column * sums_floats,
+                     {tile, member, group, turns.data() + column * n, order.first.data(),
+                      order.following.data() + plan.offsets[layout * (n + 1) + tile]}},
+                    scratch);
   };
   run_in_order(n * columns_heads * group, cpu::backward_scratch(problem.head_dim), unit);
   return {grad_query, grad_key, grad_value};

@@ -42,10 +42,11 @@ struct ForwardTile {
   float* lse;  // [tokens]
 };
 
-// Query tiles add their parts of dK and dV to a key tile in an order that the plan alone decides, so
-// that results do not depend on the number of threads: by descending query tile, and for each by
+// Query tiles add their parts of dK and dV to a key tile in an order that the plan alone decides,
+// so that results do not depend on the number of threads: by descending query tile, and for each by
 // ascending head of the group. They are claimed in that order too, so nobody waits for work that no
-// thread has begun. A ticket is one place in the order; whoever holds the one that `turn` shows adds.
+// thread has begun. A ticket is one place in the order; whoever holds the one that `turn` shows
+// adds.
 struct Turns {
   int64_t tile, member, group;  // query tile, and its head within the group of `group` heads
   int64_t* turn;                // [key tiles] ticket of the next one

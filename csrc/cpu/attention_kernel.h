@@ -3,10 +3,11 @@
 //
 // Scores are kept transposed, [keys, query lanes]: a query is a lane of a vector, so the softmax
 // needs no sums across lanes, a key's visible queries [k, expiry[k]) are a run of lanes, and every
-// matrix product has the shape  c[rows, lanes] += a[rows, depth] * b[depth, lanes]  with one element
-// of `a` for all lanes at a time.
+// matrix product has the shape  c[rows, lanes] += a[rows, depth] * b[depth, lanes]  with one
+// element of `a` for all lanes at a time.
 #include <math.h>
 #include <string.h>
+
 #include <thread>
 
 #include "cpu/attention.h"
@@ -139,7 +140,8 @@ struct Bf16Words {
   template <typename Element>
   static void pack_tokens(float* words, const uint16_t* const* rows, int head_dim) {
     uint32_t* pairs = reinterpret_cast<uint32_t*>(words);
-    for (int d = 0; d < head_dim; ++d) pairs[d] = rows[0][d] | static_cast<uint32_t>(rows[1][d]) << 16;
+    for (int d = 0; d < head_dim; ++d)
+      pairs[d] = rows[0][d] | static_cast<uint32_t>(rows[1][d]) << 16;
   }
 };
 #endif
@@ -177,8 +179,8 @@ inline void multiply_micro(int depth, const float* a, int64_t a_stride, const fl
   }
 }
 
-// c[rows, lanes] = (add ? c : 0) + a[rows, depth] * b[depth, lanes]; rows: a multiple of kMicroRows,
-// depth: in words.
+// c[rows, lanes] = (add ? c : 0) + a[rows, depth] * b[depth, lanes]; rows: a multiple of
+// kMicroRows, depth: in words.
 template <typename Words, Contiguous kContiguous>
 void multiply(int rows, int vecs, int depth, const float* a, int64_t a_stride, const float* b,
               int64_t b_stride, float* c, int64_t c_stride, bool add) {
@@ -188,7 +190,8 @@ void multiply(int rows, int vecs, int depth, const float* a, int64_t a_stride, c
     for (int r = 0; r < rows; r += kMicroRows) {
       if (vecs - v >= kMicroVecs) {
         multiply_micro<Words, kContiguous, kMicroVecs>(depth, a + r * a_step, a_stride, b + lane,
-                                                       b_stride, c + r * c_stride + lane, c_stride, add);
+                                                       b_stride, c + r * c_stride + lane, c_stride,
+                                                       add);
       } else {
         multiply_micro<Words, kContiguous, 1>(depth, a + r * a_step, a_stride, b + lane, b_stride,
                                               c + r * c_stride + lane, c_stride, add);
@@ -276,11 +279,11 @@ void store_tokens(const float* from, int head_dim, float scale, const Rows& to, 
 struct Mask {
   int first_query;
   int first_key;
-  int queries;                          // in the tile
+  int queries;  // in the tile
   bool has_floor;
-  alignas(64) int32_t floor[kTile];     // of each query
-  alignas(64) int32_t expiry[kTile];    // of each key; 0 behind the last token
-  alignas(64) bool alive[kTile];        // keys that see themselves
+  alignas(64) int32_t floor[kTile];   // of each query
+  alignas(64) int32_t expiry[kTile];  // of each key; 0 behind the last token
+  alignas(64) bool alive[kTile];      // keys that see themselves
 
   Mask(const TileList& list, int64_t query_tile, int64_t tokens)
       : first_query(static_cast<int>(query_tile) * kTile),
@@ -344,7 +347,8 @@ Strip cut_strip(const Mask& mask, int from) {
   Strip strip{key_begin / kMicroRows * kMicroRows, round_up(key_end, kMicroRows),
               lane_begin / kLanes, round_up(lane_end, kLanes) / kLanes, false};
   const int first_lane = strip.vec_begin * kLanes;
-  const int last_lane = strip.vec_end * kLanes < mask.queries ? strip.vec_end * kLanes : mask.queries;
+  const int last_lane =
+      strip.vec_end * kLanes < mask.queries ? strip.vec_end * kLanes : mask.queries;
   for (int k = strip.key_begin; k < strip.key_end; ++k) {
     strip.masked |= mask.begin(k) > first_lane || mask.end(k) < last_lane;
   }
@@ -387,7 +391,8 @@ struct ScoreScale {
 
 // Scores of one key as kVecs vectors of queries; `slope` gets d score / d dot, up to its scale.
 template <bool kMasked, bool kSoftcap>
-inline Vec masked_score(const ScoreScale& scale, const Mask& mask, int k, int lane, Vec dot, Vec* slope) {
+inline Vec masked_score(const ScoreScale& scale, const Mask& mask, int k, int lane, Vec dot,
+                        Vec* slope) {
   Vec score = dot * scale.inner;
   if constexpr (kSoftcap) {
     score = tanh(score);
@@ -403,12 +408,13 @@ inline Vec masked_score(const ScoreScale& scale, const Mask& mask, int k, int la
   return score;
 }
 
-// One step of the online softmax. The dot products of the strip's keys with kVecs vectors of queries
-// become exp(score - maximum), as words of a product over the keys; what these queries gathered so
-// far is rescaled to the new maximum.
+// One step of the online softmax. The dot products of the strip's keys with kVecs vectors of
+// queries become exp(score - maximum), as words of a product over the keys; what these queries
+// gathered so far is rescaled to the new maximum.
 template <typename Words, bool kMasked, bool kSoftcap, int kVecs>
 void online_softmax_update(const ScoreScale& scale, const Mask& mask, const Strip& strip, int lane,
-                           int head_dim, float* scores, float* row_max, float* row_sum, float* out) {
+                           int head_dim, float* scores, float* row_max, float* row_sum,
+                           float* out) {
   for (int v = 0; v < kVecs; ++v, lane += kLanes) {
     const Vec old_top = at(row_max + lane);
     Vec top = old_top, unused;
@@ -447,8 +453,8 @@ void differentiate_softmax(const ScoreScale& scale, const Mask& mask, const Stri
         float* score_row = scores + (k + i) * kLaneStride;
         float* grad_row = grad_scores + (k + i) * kLaneStride;
         Vec slope;
-        const Vec score = masked_score<kMasked, kSoftcap>(scale, mask, k + i, lane,
-                                                        at(score_row + lane), &slope);
+        const Vec score =
+            masked_score<kMasked, kSoftcap>(scale, mask, k + i, lane, at(score_row + lane), &slope);
         const Vec p = exp(score - log_sum);
         grad[i] = p * (at(grad_row + lane) - offset);
         if constexpr (kSoftcap) grad[i] *= slope;
@@ -531,19 +537,18 @@ void forward(const ForwardTile& tile, float* scratch) {
     Strip strips[kMaxStrips];
     const int strip_count = cut_strips(mask, partial, strips);
     const bool* keep = partial ? mask.alive : nullptr;
-    pack_rows<Element, Words>(
-        TokenRows<Element>(tile.key, mask.first_key, problem.tokens, keep), head_dim, key);
+    pack_rows<Element, Words>(TokenRows<Element>(tile.key, mask.first_key, problem.tokens, keep),
+                              head_dim, key);
     pack_tokens<Element, Words>(
         TokenRows<Element>(tile.value, mask.first_key, problem.tokens, keep), head_dim, value);
     for (int i = 0; i < strip_count; ++i) {
       const Strip& strip = strips[i];
       const int64_t key_word = strip.key_begin / kPerWord;
       for_lanes(strip, problem.softcap != 0, [&](auto masked, auto softcap, auto vecs, int lane) {
-        multiply<Words, Contiguous::kDepth>(strip.keys(), vecs.value, head_dim / kPerWord,
-                                            key + strip.key_begin * row_stride, row_stride,
-                                            query + lane, kLaneStride,
-                                            scores + strip.key_begin * kLaneStride + lane,
-                                            kLaneStride, false);
+        multiply<Words, Contiguous::kDepth>(
+            strip.keys(), vecs.value, head_dim / kPerWord, key + strip.key_begin * row_stride,
+            row_stride, query + lane, kLaneStride, scores + strip.key_begin * kLaneStride + lane,
+            kLaneStride, false);
         online_softmax_update<Words, masked.value, softcap.value, vecs.value>(
             scale, mask, strip, lane, head_dim, scores, row_max, row_sum, out);
         multiply<Words, Contiguous::kRows>(head_dim, vecs.value, strip.keys() / kPerWord,
@@ -585,7 +590,8 @@ void prepare_rows(const BackwardTile& tile, bool* keep, float* lse, float* delta
         sums[i] += Element::load(grad_out[q][d + i]) * Element::load(out[q][d + i]);
       }
     }
-    delta[q] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    delta[q] =
+        ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
     if (keep[q] && tile.grad_lse != nullptr) delta[q] -= tile.grad_lse[first + q];
   }
 }
@@ -599,9 +605,8 @@ class Ascending {
   bool done() const { return partial_ == list_.partial && full_ == list_.count; }
 
   int next() {
-    const bool take_partial =
-        full_ == list_.count ||
-        (partial_ < list_.partial && list_.tiles[partial_] < list_.tiles[full_]);
+    const bool take_partial = full_ == list_.count || (partial_ < list_.partial &&
+                                                       list_.tiles[partial_] < list_.tiles[full_]);
     return take_partial ? partial_++ : full_++;
   }
 
@@ -670,10 +675,9 @@ void backward(const BackwardTile& tile, float* scratch) {
         multiply<Words, Contiguous::kDepth>(strip.keys(), vecs.value, head_dim / kPerWord,
                                             key + key_row, row_stride, query_t + lane, kLaneStride,
                                             scores + score_row + lane, kLaneStride, false);
-        multiply<Words, Contiguous::kDepth>(strip.keys(), vecs.value, head_dim / kPerWord,
-                                            value + key_row, row_stride, grad_out_t + lane,
-                                            kLaneStride, grad_scores + score_row + lane,
-                                            kLaneStride, false);
+        multiply<Words, Contiguous::kDepth>(
+            strip.keys(), vecs.value, head_dim / kPerWord, value + key_row, row_stride,
+            grad_out_t + lane, kLaneStride, grad_scores + score_row + lane, kLaneStride, false);
         differentiate_softmax<Words, masked.value, softcap.value, vecs.value>(
             scale, mask, strip, lane, lse, delta, scores, grad_scores, grad_rows);
         multiply<Words, Contiguous::kRows>(head_dim, vecs.value, strip.keys() / kPerWord,
@@ -703,7 +707,8 @@ void backward(const BackwardTile& tile, float* scratch) {
                                           row_stride, true);
       multiply<Words, Contiguous::kDepth>(strip.keys(), head_vecs, depth, grad_scores + score,
                                           kLaneStride, query + query_word * row_stride, row_stride,
-                                          grad_key + strip.key_begin * row_stride, row_stride, true);
+                                          grad_key + strip.key_begin * row_stride, row_stride,
+                                          true);
     }
     const int64_t following = turns.member + 1 < turns.group
                                   ? own - 1
