@@ -582,7 +582,7 @@ def test_reward_rises(tmp_path):
         eval_every=0,
         steps=5,
         sizes=[1, 2],
-        sft_steps=150,
+        sft_steps=400,
         sft_jump=0,
         episodes=128,
         minibatch=64,
