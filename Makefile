@@ -14,7 +14,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 READY := $(VENV)/.ready
 CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test bench check lint types imports cpp model clean
+.PHONY: setup demo demo-llm test bench check lint types imports cpp model clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ $(READY): $(DEPENDENCIES) setup.py pyproject.toml csrc/sources.txt $(CPP_SOURCES
 
 demo: $(READY)
 	$(BIN)/python -m bench.demo
+
+# The agent on SmolLM2-135M, or on MODEL=<a Hugging Face id or path>.
+demo-llm: $(if $(MODEL),$(READY),model)
+	$(BIN)/python -m bench.demo_llm $(if $(MODEL),--model $(MODEL))
 
 # Two threads a worker, so that the parallel loops of the C++ kernels do run in parallel.
 test: $(READY)
