@@ -76,18 +76,21 @@ struct BackwardTile {
   Turns turns;
 };
 
+// head_dim in whole vectors of any SIMD level.
+static inline int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; }
+
 // Floats from one head_dim-long row of a packed tile to the next, and from one row of kTile query
 // lanes to the next: an odd number of cache lines, so that columns spread over all cache sets.
-static inline int64_t head_stride(int head_dim) { return (head_dim + 15) / 16 / 2 * 32 + 16; }
+static inline int64_t head_stride(int head_dim) { return padded_head(head_dim) / 32 * 32 + 16; }
 constexpr int64_t kLaneStride = kTile + 16;
 
 // Floats of scratch that a thread needs.
 static inline int64_t forward_scratch(int head_dim) {
-  return 2 * head_dim * kLaneStride + 2 * kTile * head_stride(head_dim) + (kTile + 4) * kLaneStride;
+  return (2 * padded_head(head_dim) + kTile + 4) * kLaneStride + 2 * kTile * head_stride(head_dim);
 }
 static inline int64_t backward_scratch(int head_dim) {
-  return 3 * head_dim * kLaneStride + 5 * kTile * head_stride(head_dim) +
-         (3 * kTile + 4) * kLaneStride;
+  return (3 * padded_head(head_dim) + 3 * kTile + 4) * kLaneStride +
+         5 * kTile * head_stride(head_dim);
 }
 
 struct AttentionKernels {

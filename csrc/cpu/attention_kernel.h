@@ -5,264 +5,19 @@
 // needs no sums across lanes, a key's visible queries [k, expiry[k]) are a run of lanes, and every
 // matrix product has the shape  c[rows, lanes] += a[rows, depth] * b[depth, lanes]  with one
 // element of `a` for all lanes at a time.
-#include <math.h>
-#include <string.h>
-
 #include <thread>
 
 #include "cpu/attention.h"
-#include "cpu/float_types.h"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "cpu/tile_math.h"
 
 namespace mem1::cpu {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-constexpr int kMicroRows = 8;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-constexpr int kMicroRows = 4;
-#else
-constexpr int kLanes = 4;
-constexpr int kMicroRows = 4;
-#endif
-constexpr int kMicroVecs = 2;
 constexpr int kTileVecs = kTile / kLanes;
 
 // Keys of a partial tile that share one range of lanes.
-constexpr int kStripKeys = 32;
+constexpr int kStripKeys = 16;
 constexpr int kMaxStrips = kTile / kStripKeys;
-
-typedef float Vec __attribute__((vector_size(kLanes * 4)));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
-
-constexpr float kLog2e = 1.44269504088896341f;
-
-inline Vec& at(float* p) { return *reinterpret_cast<Vec*>(p); }
-inline const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline Vec splat(float x) { return x - Vec{}; }
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-
-// e^x for x <= 87, within 2e-7 of it near 0 and |x| 1e-7 elsewhere; 0 below -87. A NaN stays one.
-inline Vec exp(Vec x) {
-  const Vec to_integer = splat(0x1.8p23f);
-  const Vec clamped = x < -87.f ? splat(-87.f) : x;
-  const Vec power = clamped * kLog2e;
-  const Vec shifted = power + to_integer;
-  const Vec f = power - (shifted - to_integer);
-  Vec y = 1.5353362e-4f * f + 1.3398875e-3f;
-  y = y * f + 9.6184369e-3f;
-  y = y * f + 5.5503324e-2f;
-  y = y * f + 2.4022648e-1f;
-  y = y * f + 6.9314718e-1f;
-  y = y * f + 1.f;
-  const Vec result = (Vec)((IntVec)y + ((IntVec)shifted << 23));
-  return x < -87.f ? Vec{} : result;
-}
-
-// Within 2e-7, relative.
-inline Vec tanh(Vec x) {
-  const Vec z = x * x;
-  Vec y = -5.5910158e-3f * z + 2.0538820e-2f;
-  y = y * z + -5.3709656e-2f;
-  y = y * z + 1.3331093e-1f;
-  y = y * z + -3.3333269e-1f;
-  const Vec small = x + x * z * y;
-  const Vec magnitude = x < 0.f ? -x : x;
-  const Vec bounded = magnitude > 10.f ? splat(10.f) : magnitude;
-  const Vec large = 1.f - 2.f / (exp(2 * bounded) + 1.f);
-  return magnitude < 0.625f ? small : (x < 0.f ? -large : large);
-}
-
-inline IntVec lane_index() {
-  IntVec index;
-  for (int i = 0; i < kLanes; ++i) index[i] = i;
-  return index;
-}
-
-// How products are formed. Operands are 32-bit words that hold one fp32, or two bf16 that are
-// neighbours along the depth; sums are fp32.
-struct Fp32Words {
-  static constexpr int kPerWord = 1;
-
-  static Vec multiply_add(Vec sum, float a, Vec b) { return sum + a * b; }
-
-  // Lanes of one row, of an operand whose depth runs along the lanes.
-  static void store_lanes(float* row, int lane, Vec x) { at(row + lane) = x; }
-
-  // Two rows of an operand whose depth runs along the rows.
-  static void store_rows(float* rows, int row, int lane, Vec even, Vec odd) {
-    at(rows + row * kLaneStride + lane) = even;
-    at(rows + (row + 1) * kLaneStride + lane) = odd;
-  }
-
-  // A token's words, with the depth along head_dim.
-  template <typename Element>
-  static void pack_row(float* words, const typename Element::Stored* row, int head_dim) {
-    for (int d = 0; d < head_dim; ++d) words[d] = Element::load(row[d]);
-  }
-
-  // Words with the depth along the tokens, of kPerWord tokens.
-  template <typename Element>
-  static void pack_tokens(float* words, const typename Element::Stored* const* rows, int head_dim) {
-    pack_row<Element>(words, rows[0], head_dim);
-  }
-};
-
-#if defined(__AVX512BF16__)
-struct Bf16Words {
-  typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2)));
-  static constexpr int kPerWord = 2;
-
-  static Vec multiply_add(Vec sum, float a, Vec b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)splat(a), (__m512bh)b);
-  }
-
-  static void store_lanes(float* row, int lane, Vec x) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(row + lane / 2), (__m256i)_mm512_cvtneps_pbh(x));
-  }
-
-  static void store_rows(float* rows, int row, int lane, Vec even, Vec odd) {
-    const IntVec low = __builtin_convertvector((ShortVec)_mm512_cvtneps_pbh(even), IntVec);
-    const IntVec high = __builtin_convertvector((ShortVec)_mm512_cvtneps_pbh(odd), IntVec);
-    at(rows + row / 2 * kLaneStride + lane) = (Vec)(low | high << 16);
-  }
-
-  template <typename Element>
-  static void pack_row(float* words, const uint16_t* row, int head_dim) {
-    memcpy(words, row, head_dim * sizeof(uint16_t));
-  }
-
-  template <typename Element>
-  static void pack_tokens(float* words, const uint16_t* const* rows, int head_dim) {
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(words);
-    for (int d = 0; d < head_dim; ++d)
-      pairs[d] = rows[0][d] | static_cast<uint32_t>(rows[1][d]) << 16;
-  }
-};
-#endif
-
-// Longer sums are sums of sums of this many words, which keeps more digits.
-#ifndef KDB
-#define KDB 64
-#endif
-constexpr int kDepthBlock = KDB;
-
-// Which side of `a` is contiguous in memory.
-enum class Contiguous { kDepth, kRows };
-
-template <typename Words, Contiguous kContiguous, int kVecs>
-inline void multiply_micro(int depth, const float* a, int64_t a_stride, const float* b,
-                           int64_t b_stride, float* c, int64_t c_stride, bool add) {
-  for (int from = 0; from < depth; from += kDepthBlock, add = true) {
-    const int to = from + kDepthBlock < depth ? from + kDepthBlock : depth;
-    Vec sum[kMicroRows][kVecs] = {};
-    for (int i = from; i < to; ++i, b += b_stride) {
-      Vec lanes[kVecs];
-      for (int v = 0; v < kVecs; ++v) lanes[v] = at(b + v * kLanes);
-      for (int r = 0; r < kMicroRows; ++r) {
-        const float x =
-            kContiguous == Contiguous::kDepth ? a[r * a_stride + i] : a[i * a_stride + r];
-        for (int v = 0; v < kVecs; ++v) sum[r][v] = Words::multiply_add(sum[r][v], x, lanes[v]);
-      }
-    }
-    for (int r = 0; r < kMicroRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) {
-        Vec& out = at(c + r * c_stride + v * kLanes);
-        out = add ? out + sum[r][v] : sum[r][v];
-      }
-    }
-  }
-}
-
-// c[rows, lanes] = (add ? c : 0) + a[rows, depth] * b[depth, lanes]; rows: a multiple of
-// kMicroRows, depth: in words.
-template <typename Words, Contiguous kContiguous>
-void multiply(int rows, int vecs, int depth, const float* a, int64_t a_stride, const float* b,
-              int64_t b_stride, float* c, int64_t c_stride, bool add) {
-  const int64_t a_step = kContiguous == Contiguous::kDepth ? a_stride : 1;
-  for (int v = 0; v < vecs; v += kMicroVecs) {
-    const int64_t lane = v * kLanes;
-    for (int r = 0; r < rows; r += kMicroRows) {
-      if (vecs - v >= kMicroVecs) {
-        multiply_micro<Words, kContiguous, kMicroVecs>(depth, a + r * a_step, a_stride, b + lane,
-                                                       b_stride, c + r * c_stride + lane, c_stride,
-                                                       add);
-      } else {
-        multiply_micro<Words, kContiguous, 1>(depth, a + r * a_step, a_stride, b + lane, b_stride,
-                                              c + r * c_stride + lane, c_stride, add);
-      }
-    }
-  }
-}
-
-// to[c, r] = from[r, c]
-void transpose(int rows, int columns, const float* from, int64_t from_stride, float* to,
-               int64_t to_stride) {
-  constexpr int kBlock = 8;
-  for (int r = 0; r < rows; r += kBlock) {
-    for (int c = 0; c < columns; ++c) {
-      for (int i = 0; i < kBlock; ++i) to[c * to_stride + r + i] = from[(r + i) * from_stride + c];
-    }
-  }
-}
-
-// One tile of tokens; those that are not kept, or lie behind the last token, become zeros.
-template <typename Element>
-class TokenRows {
- public:
-  using Stored = typename Element::Stored;
-
-  TokenRows(const Rows& rows, int64_t first, int64_t tokens, const bool* keep)
-      : data_(reinterpret_cast<const Stored*>(rows.data) + first * rows.stride),
-        stride_(rows.stride),
-        count_(tokens - first < kTile ? static_cast<int>(tokens - first) : kTile),
-        keep_(keep) {}
-
-  const Stored* operator[](int row) const {
-    static const Stored zeros[256] = {};
-    return row < count_ && (keep_ == nullptr || keep_[row]) ? data_ + row * stride_ : zeros;
-  }
-
- private:
-  const Stored* data_;
-  int64_t stride_;
-  int count_;
-  const bool* keep_;
-};
-
-inline int round_up(int x, int step) { return (x + step - 1) / step * step; }
-
-// words[kTile, head_stride], depth along head_dim.
-template <typename Element, typename Words>
-void pack_rows(const TokenRows<Element>& tokens, int head_dim, float* words) {
-  for (int row = 0; row < kTile; ++row) {
-    Words::template pack_row<Element>(words + row * head_stride(head_dim), tokens[row], head_dim);
-  }
-}
-
-// words[kTile / kPerWord, head_stride], depth along the tokens; lanes behind head_dim are 0.
-template <typename Element, typename Words>
-void pack_tokens(const TokenRows<Element>& tokens, int head_dim, float* words) {
-  constexpr int kPerWord = Words::kPerWord;
-  for (int row = 0; row < kTile; row += kPerWord, words += head_stride(head_dim)) {
-    const typename Element::Stored* rows[kPerWord];
-    for (int i = 0; i < kPerWord; ++i) rows[i] = tokens[row + i];
-    Words::template pack_tokens<Element>(words, rows, head_dim);
-    for (int d = head_dim; d < round_up(head_dim, kLanes); ++d) words[d] = 0;
-  }
-}
-
-// words[head_dim / kPerWord, kLaneStride], depth along head_dim; `rows` is overwritten.
-template <typename Element, typename Words>
-void pack_transposed(const TokenRows<Element>& tokens, int head_dim, float* rows, float* words) {
-  pack_rows<Element, Words>(tokens, head_dim, rows);
-  transpose(kTile, head_dim / Words::kPerWord, rows, head_stride(head_dim), words, kLaneStride);
-}
 
 template <typename Element>
 void store_tokens(const float* from, int head_dim, float scale, const Rows& to, int64_t first,
@@ -379,16 +134,6 @@ int cut_strips(const Mask& mask, bool partial, Strip* strips) {
   return count;
 }
 
-// From dot products to scores.
-struct ScoreScale {
-  float inner;
-  float softcap;
-
-  explicit ScoreScale(const Problem& problem)
-      : inner(problem.softcap == 0 ? problem.scale : problem.scale / problem.softcap),
-        softcap(problem.softcap) {}
-};
-
 // Scores of one key as kVecs vectors of queries; `slope` gets d score / d dot, up to its scale.
 template <bool kMasked, bool kSoftcap>
 inline Vec masked_score(const ScoreScale& scale, const Mask& mask, int k, int lane, Vec dot,
@@ -397,7 +142,7 @@ inline Vec masked_score(const ScoreScale& scale, const Mask& mask, int k, int la
   if constexpr (kSoftcap) {
     score = tanh(score);
     *slope = 1.f - score * score;
-    score *= scale.softcap;
+    score *= scale.outer;
   }
   if constexpr (kMasked) {
     const IntVec index = lane_index() + (mask.first_query + lane);
@@ -415,23 +160,32 @@ template <typename Words, bool kMasked, bool kSoftcap, int kVecs>
 void online_softmax_update(const ScoreScale& scale, const Mask& mask, const Strip& strip, int lane,
                            int head_dim, float* scores, float* row_max, float* row_sum,
                            float* out) {
+  constexpr bool kStored = kMasked || kSoftcap;  // scores that are dear enough to keep for exp
   for (int v = 0; v < kVecs; ++v, lane += kLanes) {
     const Vec old_top = at(row_max + lane);
-    Vec top = old_top, unused;
-    for (int k = strip.key_begin; k < strip.key_end; ++k) {
-      Vec& score = at(scores + k * kLaneStride + lane);
-      score = masked_score<kMasked, kSoftcap>(scale, mask, k, lane, score, &unused);
-      top = max(score, top);
+    Vec tops[2] = {old_top, old_top}, unused;
+    for (int k = strip.key_begin; k < strip.key_end; k += 2) {
+      for (int i = 0; i < 2; ++i) {
+        Vec& dot = at(scores + (k + i) * kLaneStride + lane);
+        const Vec score = masked_score<kMasked, kSoftcap>(scale, mask, k + i, lane, dot, &unused);
+        if (kStored) dot = score;
+        tops[i] = max(score, tops[i]);
+      }
     }
+    const Vec top = max(tops[0], tops[1]);
     const Vec base = top == -INFINITY ? Vec{} : top;
-    const Vec rescale = exp(old_top - base);
     Vec sum{};
     for (int k = strip.key_begin; k < strip.key_end; k += 2) {
-      const Vec even = exp(at(scores + k * kLaneStride + lane) - base);
-      const Vec odd = exp(at(scores + (k + 1) * kLaneStride + lane) - base);
-      sum += even + odd;
-      Words::store_rows(scores, k, lane, even, odd);
+      Vec p[2];
+      for (int i = 0; i < 2; ++i) {
+        const Vec score = at(scores + (k + i) * kLaneStride + lane);
+        p[i] = exp((kStored ? score : score * scale.inner) - base);
+        if (kMasked) p[i] = score == -INFINITY ? Vec{} : p[i];
+      }
+      sum += p[0] + p[1];
+      Words::store_rows(scores, k, lane, p[0], p[1]);
     }
+    const Vec rescale = exp(old_top - base);
     at(row_max + lane) = top;
     at(row_sum + lane) = at(row_sum + lane) * rescale + sum;
     for (int d = 0; d < head_dim; ++d) at(out + d * kLaneStride + lane) *= rescale;
@@ -450,14 +204,15 @@ void differentiate_softmax(const ScoreScale& scale, const Mask& mask, const Stri
     for (int k = strip.key_begin; k < strip.key_end; k += 2) {
       Vec grad[2];
       for (int i = 0; i < 2; ++i) {
-        float* score_row = scores + (k + i) * kLaneStride;
-        float* grad_row = grad_scores + (k + i) * kLaneStride;
+        float* const score_row = scores + (k + i) * kLaneStride;
+        float* const grad_row = grad_scores + (k + i) * kLaneStride;
         Vec slope;
         const Vec score =
             masked_score<kMasked, kSoftcap>(scale, mask, k + i, lane, at(score_row + lane), &slope);
-        const Vec p = exp(score - log_sum);
+        Vec p = exp(score - log_sum);
+        if (kMasked) p = score == -INFINITY ? Vec{} : p;
         grad[i] = p * (at(grad_row + lane) - offset);
-        if constexpr (kSoftcap) grad[i] *= slope;
+        if (kSoftcap) grad[i] *= slope;
         Words::store_lanes(score_row, lane, p);
         Words::store_lanes(grad_row, lane, grad[i]);
       }
@@ -493,18 +248,6 @@ inline void for_lanes(const Strip& strip, bool softcap, const Step& step) {
   }
 }
 
-struct Scratch {
-  float* next;
-
-  float* take(int64_t count) {
-    float* taken = next;
-    next += count;
-    return taken;
-  }
-  float* rows(int head_dim) { return take(kTile * head_stride(head_dim)); }
-  float* lanes(int count) { return take(count * kLaneStride); }
-};
-
 template <typename Element, typename Words>
 void forward(const ForwardTile& tile, float* scratch) {
   const Problem& problem = tile.problem;
@@ -514,8 +257,8 @@ void forward(const ForwardTile& tile, float* scratch) {
   constexpr int kPerWord = Words::kPerWord;
 
   Scratch memory{scratch};
-  float* const query = memory.lanes(head_dim);
-  float* const out = memory.lanes(head_dim);
+  float* const query = memory.lanes(padded_head(head_dim));
+  float* const out = memory.lanes(padded_head(head_dim));
   float* const key = memory.rows(head_dim);
   float* const value = memory.rows(head_dim);
   float* const scores = memory.lanes(kTile);
@@ -524,12 +267,12 @@ void forward(const ForwardTile& tile, float* scratch) {
 
   const int64_t first_query = tile.tile * kTile;
   const TokenRows<Element> query_rows(tile.query, first_query, problem.tokens, nullptr);
-  pack_transposed<Element, Words>(query_rows, head_dim, key, query);
+  pack_transposed<Element, Words>(query_rows, kTile, head_dim, key, query);
   memset(out, 0, sizeof(float) * head_dim * kLaneStride);
   memset(row_sum, 0, sizeof(float) * kTile);
   for (int q = 0; q < kTile; ++q) row_max[q] = -INFINITY;
 
-  const ScoreScale scale(problem);
+  const ScoreScale scale(problem.scale, problem.softcap);
   Mask mask(list, tile.tile, problem.tokens);
   for (int entry = 0; entry < list.count; ++entry) {
     const bool partial = entry < list.partial;
@@ -538,9 +281,10 @@ void forward(const ForwardTile& tile, float* scratch) {
     const int strip_count = cut_strips(mask, partial, strips);
     const bool* keep = partial ? mask.alive : nullptr;
     pack_rows<Element, Words>(TokenRows<Element>(tile.key, mask.first_key, problem.tokens, keep),
-                              head_dim, key);
+                              kTile, head_dim, key);
     pack_tokens<Element, Words>(
-        TokenRows<Element>(tile.value, mask.first_key, problem.tokens, keep), head_dim, value);
+        TokenRows<Element>(tile.value, mask.first_key, problem.tokens, keep), kTile, head_dim,
+        value);
     for (int i = 0; i < strip_count; ++i) {
       const Strip& strip = strips[i];
       const int64_t key_word = strip.key_begin / kPerWord;
@@ -571,28 +315,24 @@ void forward(const ForwardTile& tile, float* scratch) {
   }
 }
 
-// Per query: the LSE (+inf for one that sees nothing, so that its P is 0), and
-// rowsum(dO * out) - d LSE.
-template <typename Element>
-void prepare_rows(const BackwardTile& tile, bool* keep, float* lse, float* delta) {
-  const Problem& problem = tile.problem;
-  const int64_t first = tile.tile * kTile;
-  for (int q = 0; q < kTile; ++q) {
-    keep[q] = first + q < problem.tokens && tile.lse[first + q] != -INFINITY;
-    lse[q] = keep[q] ? tile.lse[first + q] : INFINITY;
-  }
-  const TokenRows<Element> grad_out(tile.grad_out, first, problem.tokens, keep);
-  const TokenRows<Element> out(tile.out, first, problem.tokens, keep);
-  for (int q = 0; q < kTile; ++q) {
-    float sums[8] = {};
-    for (int d = 0; d < problem.head_dim; d += 8) {
-      for (int i = 0; i < 8; ++i) {
-        sums[i] += Element::load(grad_out[q][d + i]) * Element::load(out[q][d + i]);
+// Words to a block of the sums whose difference matters where a query sees few keys: dO.v in
+// partial tiles, and delta.
+constexpr int kFineBlockWords = 8;
+
+// Per query, delta = rowsum(dO * out) - dLSE, from transposed operands, in the order of dO.v in
+// partial tiles, so that the two cancel for a query that sees one key.
+void sum_rows(const float* grad_out, const float* out, int head_dim, const float* grad_lse,
+              float* delta) {
+  for (int lane = 0; lane < kTile; lane += kLanes) {
+    Vec total{};
+    for (int from = 0; from < head_dim; from += kFineBlockWords) {
+      Vec sum{};
+      for (int d = from; d < from + kFineBlockWords; ++d) {
+        sum += at(out + d * kLaneStride + lane) * at(grad_out + d * kLaneStride + lane);
       }
+      total += sum;
     }
-    delta[q] =
-        ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-    if (keep[q] && tile.grad_lse != nullptr) delta[q] -= tile.grad_lse[first + q];
+    at(delta + lane) = total - at(grad_lse + lane);
   }
 }
 
@@ -625,9 +365,9 @@ void backward(const BackwardTile& tile, float* scratch) {
   constexpr int kPerWord = Words::kPerWord;
 
   Scratch memory{scratch};
-  float* const query_t = memory.lanes(head_dim);
-  float* const grad_out_t = memory.lanes(head_dim);
-  float* const grad_query = memory.lanes(head_dim);
+  float* const query_t = memory.lanes(padded_head(head_dim));
+  float* const grad_out_t = memory.lanes(padded_head(head_dim));
+  float* const grad_query = memory.lanes(padded_head(head_dim));
   float* const query = memory.rows(head_dim);
   float* const grad_out = memory.rows(head_dim);
   float* const key = memory.rows(head_dim);
@@ -641,16 +381,26 @@ void backward(const BackwardTile& tile, float* scratch) {
 
   const int64_t first_query = tile.tile * kTile;
   bool seeing[kTile];
-  prepare_rows<Element>(tile, seeing, lse, delta);
+  for (int q = 0; q < kTile; ++q) {
+    const int64_t token = first_query + q;
+    seeing[q] = token < problem.tokens && tile.lse[token] != -INFINITY;
+    lse[q] = seeing[q] ? tile.lse[token] : INFINITY;  // so that P is 0
+    delta[q] = seeing[q] && tile.grad_lse != nullptr ? tile.grad_lse[token] : 0;
+  }
   const TokenRows<Element> query_rows(tile.query, first_query, problem.tokens, seeing);
+  const TokenRows<Element> out_rows(tile.out, first_query, problem.tokens, seeing);
   const TokenRows<Element> grad_out_rows(tile.grad_out, first_query, problem.tokens, seeing);
-  pack_transposed<Element, Words>(query_rows, head_dim, key, query_t);
-  pack_transposed<Element, Words>(grad_out_rows, head_dim, key, grad_out_t);
-  pack_tokens<Element, Words>(query_rows, head_dim, query);
-  pack_tokens<Element, Words>(grad_out_rows, head_dim, grad_out);
+  pack_transposed<Element, Fp32Words>(out_rows, kTile, head_dim, key, grad_query);
+  pack_transposed<Element, Fp32Words>(grad_out_rows, kTile, head_dim, key, grad_out_t);
+  sum_rows(grad_out_t, grad_query, head_dim, delta, delta);
+  if (kPerWord != 1)
+    pack_transposed<Element, Words>(grad_out_rows, kTile, head_dim, key, grad_out_t);
+  pack_transposed<Element, Words>(query_rows, kTile, head_dim, key, query_t);
+  pack_tokens<Element, Words>(query_rows, kTile, head_dim, query);
+  pack_tokens<Element, Words>(grad_out_rows, kTile, head_dim, grad_out);
   memset(grad_query, 0, sizeof(float) * head_dim * kLaneStride);
 
-  const ScoreScale scale(problem);
+  const ScoreScale scale(problem.scale, problem.softcap);
   Mask mask(list, tile.tile, problem.tokens);
   for (Ascending entries(list); !entries.done();) {
     const int entry = entries.next();
@@ -662,9 +412,9 @@ void backward(const BackwardTile& tile, float* scratch) {
     const bool* keep = partial ? mask.alive : nullptr;
     const TokenRows<Element> key_rows(tile.key, mask.first_key, problem.tokens, keep);
     const TokenRows<Element> value_rows(tile.value, mask.first_key, problem.tokens, keep);
-    pack_rows<Element, Words>(key_rows, head_dim, key);
-    pack_rows<Element, Words>(value_rows, head_dim, value);
-    if (key_tokens != key) pack_tokens<Element, Words>(key_rows, head_dim, key_tokens);
+    pack_rows<Element, Words>(key_rows, kTile, head_dim, key);
+    pack_rows<Element, Words>(value_rows, kTile, head_dim, value);
+    if (key_tokens != key) pack_tokens<Element, Words>(key_rows, kTile, head_dim, key_tokens);
 
     for (int i = 0; i < strip_count; ++i) {
       const Strip& strip = strips[i];
@@ -677,7 +427,8 @@ void backward(const BackwardTile& tile, float* scratch) {
                                             scores + score_row + lane, kLaneStride, false);
         multiply<Words, Contiguous::kDepth>(
             strip.keys(), vecs.value, head_dim / kPerWord, value + key_row, row_stride,
-            grad_out_t + lane, kLaneStride, grad_scores + score_row + lane, kLaneStride, false);
+            grad_out_t + lane, kLaneStride, grad_scores + score_row + lane, kLaneStride, false,
+            partial ? kFineBlockWords : kBlockWords);
         differentiate_softmax<Words, masked.value, softcap.value, vecs.value>(
             scale, mask, strip, lane, lse, delta, scores, grad_scores, grad_rows);
         multiply<Words, Contiguous::kRows>(head_dim, vecs.value, strip.keys() / kPerWord,

@@ -498,8 +498,8 @@ void attend_many(const CachedRows& unit, float* scratch) {
   const int64_t row_stride = head_stride(head_dim);
   constexpr int kPerWord = Words::kPerWord;
   Scratch memory{scratch};
-  float* const query = memory.lanes(head_dim);
-  float* const out = memory.lanes(head_dim);
+  float* const query = memory.lanes(padded_head(head_dim));
+  float* const out = memory.lanes(padded_head(head_dim));
   float* const key = memory.rows(head_dim);
   float* const value = memory.rows(head_dim);
   float* const scores = memory.lanes(kTile);

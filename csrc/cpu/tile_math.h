@@ -27,33 +27,29 @@ constexpr int kLanes = 4;
 constexpr int kMicroRows = 4;
 #endif
 constexpr int kMicroVecs = 2;
-constexpr int kTileVecs = kTile / kLanes;
-
-// Keys of a partial tile that share one range of lanes.
-constexpr int kStripKeys = 32;
-constexpr int kMaxStrips = kTile / kStripKeys;
-
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 
 constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
 
 inline Vec& at(float* p) { return *reinterpret_cast<Vec*>(p); }
 inline const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// e^x, relative error 1e-7 (1 + |x|), for x <= 87; anything below -87 gives e^-87. A NaN stays one.
+// e^x within an ulp or so for x <= 87; anything below -87 gives e^-87. A NaN stays one.
 inline Vec exp(Vec x) {
   const Vec to_integer = splat(0x1.8p23f);
-  const Vec power = max(splat(-87.f), x) * kLog2e;
-  const Vec shifted = power + to_integer;
-  const Vec f = power - (shifted - to_integer);
-  Vec y = 1.3264727e-3f * f + 9.6715130e-3f;
-  y = y * f + 5.5507336e-2f;
-  y = y * f + 2.4022242e-1f;
-  y = y * f + 6.9314700e-1f;
-  y = y * f + 1.f;
+  const Vec bounded = max(splat(-87.f), x);
+  const Vec shifted = bounded * kLog2e + to_integer;
+  const Vec r = bounded - (shifted - to_integer) * kLn2;
+  Vec y = 1.3843633e-3f * r + 8.3741732e-3f;
+  y = y * r + 4.1668002e-2f;
+  y = y * r + 1.6666432e-1f;
+  y = y * r + 4.9999994e-1f;
+  y = y * r + 1.f;
+  y = y * r + 1.f;
   return (Vec)((IntVec)y + ((IntVec)shifted << 23));
 }
 
@@ -140,16 +136,16 @@ struct Bf16Words {
 #endif
 
 // Longer sums are sums of sums of this many words, which keeps more digits.
-constexpr int kDepthBlock = 64;
+constexpr int kBlockWords = 64;
 
 // Which side of `a` is contiguous in memory.
 enum class Contiguous { kDepth, kRows };
 
 template <typename Words, Contiguous kContiguous, int kVecs>
 inline void multiply_micro(int depth, const float* a, int64_t a_stride, const float* b,
-                           int64_t b_stride, float* c, int64_t c_stride, bool add) {
-  for (int from = 0; from < depth; from += kDepthBlock, add = true) {
-    const int to = from + kDepthBlock < depth ? from + kDepthBlock : depth;
+                           int64_t b_stride, float* c, int64_t c_stride, bool add, int block) {
+  for (int from = 0; from < depth; from += block, add = true) {
+    const int to = from + block < depth ? from + block : depth;
     Vec sum[kMicroRows][kVecs] = {};
     for (int i = from; i < to; ++i, b += b_stride) {
       Vec lanes[kVecs];
@@ -173,7 +169,7 @@ inline void multiply_micro(int depth, const float* a, int64_t a_stride, const fl
 // kMicroRows, depth: in words.
 template <typename Words, Contiguous kContiguous>
 void multiply(int rows, int vecs, int depth, const float* a, int64_t a_stride, const float* b,
-              int64_t b_stride, float* c, int64_t c_stride, bool add) {
+              int64_t b_stride, float* c, int64_t c_stride, bool add, int block = kBlockWords) {
   const int64_t a_step = kContiguous == Contiguous::kDepth ? a_stride : 1;
   for (int v = 0; v < vecs; v += kMicroVecs) {
     const int64_t lane = v * kLanes;
@@ -181,22 +177,44 @@ void multiply(int rows, int vecs, int depth, const float* a, int64_t a_stride, c
       if (vecs - v >= kMicroVecs) {
         multiply_micro<Words, kContiguous, kMicroVecs>(depth, a + r * a_step, a_stride, b + lane,
                                                        b_stride, c + r * c_stride + lane, c_stride,
-                                                       add);
+                                                       add, block);
       } else {
         multiply_micro<Words, kContiguous, 1>(depth, a + r * a_step, a_stride, b + lane, b_stride,
-                                              c + r * c_stride + lane, c_stride, add);
+                                              c + r * c_stride + lane, c_stride, add, block);
       }
     }
   }
 }
 
-// to[c, r] = from[r, c]
+// The lanes of a and b in turn; of their upper halves, if `upper`.
+inline Vec interleave(Vec a, Vec b, bool upper) {
+#if defined(__clang__)
+  Vec result;
+  for (int i = 0; i < kLanes; ++i) result[i] = (i % 2 == 0 ? a : b)[i / 2 + upper * kLanes / 2];
+  return result;
+#else
+  IntVec index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i / 2 + upper * kLanes / 2 + i % 2 * kLanes;
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// to[c, r] = from[r, c], for rows and columns rounded up to whole vectors.
 void transpose(int rows, int columns, const float* from, int64_t from_stride, float* to,
                int64_t to_stride) {
-  constexpr int kBlock = 8;
-  for (int r = 0; r < rows; r += kBlock) {
-    for (int c = 0; c < columns; ++c) {
-      for (int i = 0; i < kBlock; ++i) to[c * to_stride + r + i] = from[(r + i) * from_stride + c];
+  for (int r = 0; r < rows; r += kLanes) {
+    for (int c = 0; c < columns; c += kLanes) {
+      Vec block[kLanes], next[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = at(from + (r + i) * from_stride + c);
+      // Each pass moves one bit of a row's number into its columns' numbers.
+      for (int width = 1; width < kLanes; width *= 2) {
+        for (int i = 0; i < kLanes / 2; ++i) {
+          next[2 * i] = interleave(block[i], block[i + kLanes / 2], false);
+          next[2 * i + 1] = interleave(block[i], block[i + kLanes / 2], true);
+        }
+        for (int i = 0; i < kLanes; ++i) block[i] = next[i];
+      }
+      for (int i = 0; i < kLanes; ++i) at(to + (c + i) * to_stride + r) = block[i];
     }
   }
 }
@@ -247,9 +265,8 @@ void pack_tokens(const Tokens& tokens, int rows, int head_dim, float* words) {
   }
 }
 
-// words[head_dim / kPerWord, kLaneStride], depth along head_dim, a token a lane; rows: a multiple
-// of
-// 8. `packed` is overwritten.
+// words[padded_head / kPerWord, kLaneStride], depth along head_dim, a token a lane; rows: rounded
+// up to whole vectors. `packed` is overwritten.
 template <typename Element, typename Words, typename Tokens>
 void pack_transposed(const Tokens& tokens, int rows, int head_dim, float* packed, float* words) {
   pack_rows<Element, Words>(tokens, rows, head_dim, packed);
