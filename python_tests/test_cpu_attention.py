@@ -374,7 +374,13 @@ def test_wrong_arguments_of_a_direct_call(message):
         "scale": case.scale,
         "softcap": 0.0,
     }
-    lists = dict(zip(("row_order", "row_offsets", "row_partial", "row_tiles"), arguments["rows"]))
+    lists = dict(
+        zip(
+            ("row_order", "row_offsets", "row_partial", "row_tiles"),
+            arguments["rows"],
+            strict=False,
+        )
+    )
     for name, change in WRONG_ARGUMENTS[message].items():
         (lists if name in lists else arguments)[name] = change(case)
     if any(name in lists for name in WRONG_ARGUMENTS[message]):

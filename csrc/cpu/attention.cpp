@@ -2,16 +2,14 @@
 // one query tile is in attention_kernel.h, built once a SIMD level.
 #include "cpu/attention.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/run_in_order.h"
 #include "cpu/simd.h"
 #include "ops.h"
 
@@ -182,21 +180,6 @@ cpu::Rows rows_of(const at::Tensor& tensor, int64_t batch, int64_t head) {
   return {static_cast<char*>(tensor.data_ptr()) + offset * tensor.element_size(), tensor.stride(1)};
 }
 
-// Runs unit(index, scratch) for all units; threads claim them in ascending order.
-template <typename Unit>
-void run_in_order(int64_t units, int64_t scratch_floats, const Unit& unit) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), units);
-  const at::Tensor scratch = at::empty({threads, scratch_floats}, at::kFloat);
-  std::atomic<int64_t> claimed{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      float* memory = scratch.data_ptr<float>() + thread * scratch_floats;
-      for (int64_t i; (i = claimed.fetch_add(1, std::memory_order_relaxed)) < units;)
-        unit(i, memory);
-    }
-  });
-}
-
 // The order in which query tiles add to each key tile of one layout: descending, as they are
 // claimed, so that under a causal mask the light ones come last.
 struct Order {
@@ -241,7 +224,7 @@ std::tuple<at::Tensor, at::Tensor> trajectory_attention_fwd_cpu(
          lse.data_ptr<float>() + (batch * shape.heads + head) * shape.tokens},
         scratch);
   };
-  run_in_order(plan.tiles * all_heads, cpu::forward_scratch(problem.head_dim), unit);
+  cpu::run_in_order(plan.tiles * all_heads, cpu::forward_scratch(problem.head_dim), unit);
   return {out, lse};
 }
 
@@ -316,7 +299,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_bwd_cpu(
                       order.following.data() + plan.offsets[layout * (n + 1) + tile]}},
                     scratch);
   };
-  run_in_order(n * columns_heads * group, cpu::backward_scratch(problem.head_dim), unit);
+  cpu::run_in_order(n * columns_heads * group, cpu::backward_scratch(problem.head_dim), unit);
   return {grad_query, grad_key, grad_value};
 }
 
