@@ -314,7 +314,7 @@ class _Driver:
                 max=max(count - 1, 0)
             )
         last, where = torch.unique(counts.clamp(min=1) - 1, return_inverse=True)
-        self.cache.expect(counts.to(self.device))
+        self.cache.expect(counts)
         logits = self.model(
             input_ids=token_ids.to(self.device),
             position_ids=positions.to(self.device),
