@@ -58,19 +58,22 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every candidate once a round, for `rounds` rounds or until `seconds` have passed.
 
-    At least three rounds are run. On CUDA it times with events, on the stream, after a write of
-    256 MB that clears the L2 cache.
+    At least three rounds are run. Before each timing a write of 256 MB clears the caches, so that
+    nobody finds in them what the candidate before it has read. On CUDA it times with events, on the
+    stream.
     """
     for run in candidates.values():
         for _ in range(warmup):
             run()
-    timer = _cuda_timer() if device == "cuda" else _cpu_timer
+    scratch = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+    timer = _cuda_timer if device == "cuda" else _cpu_timer
     times: dict[str, list[float]] = {name: [] for name in candidates}
     started = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - started > seconds:
             break
         for name, run in candidates.items():
+            scratch.zero_()
             times[name].append(timer(run))
     return {name: Timing(values) for name, values in times.items()}
 
@@ -81,19 +84,13 @@ def _cpu_timer(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _cuda_timer() -> Callable[[Callable[[], Any]], float]:
-    scratch = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-
-    def timer(run: Callable[[], Any]) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        scratch.zero_()
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    return timer
+def _cuda_timer(run: Callable[[], Any]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ trainer will see: equal to those that were sampled from, up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,13 +33,14 @@ class Turn:
     """What one row wrote in one turn.
 
     row: which prompt it belongs to; number: from 1; token_ids: what was sampled, the stop included;
-    closed: whether a stop ended it, and not the token limit.
+    closed: whether a stop ended it, and not the token limit; depth: how deep in branches it stands.
     """
 
     row: int
     number: int
     token_ids: list[int]
     closed: bool
+    depth: int = 0
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Rollout:
         return self.trajectory if self.positions == "kept" else unroll(self.trajectory)
 
 
+AnyRow = TypeVar("AnyRow", bound="Row")
 Respond = Callable[[Sequence[Turn]], Sequence["Sequence[int] | None"]]
 """The world's side: for each turn just written, the observation's token ids (perhaps none at all),
 or None where the episode is over."""
@@ -89,6 +91,9 @@ class TrajectoryRollout:
         tokenizer: anything with `decode(ids) -> str`, for stop_strings only.
         state_tokens: how many of a turn's ids are its state, the rest being its action; all of them
             are action unless told. It matters only to policies that treat the two differently.
+        depth: for `fold`: how deep in branches the observation behind a turn, and the next turn,
+            are written. A turn that opens a branch gives `turn.depth + 1`, one that returns from it
+            `turn.depth - 1`: its observation is what the branch reports. Unless told all are at 0.
         temperature: of sampling; 0 is greedy (log-probs are then those at temperature 1).
         capacity: slots of a cache row; it grows if None and raises if it does not suffice.
         ordered: keep the slots' order when pruning.
@@ -109,6 +114,7 @@ class TrajectoryRollout:
         stop_strings: Sequence[str] = (),
         tokenizer: Any = None,
         state_tokens: Callable[[list[int]], int] | None = None,
+        depth: Callable[[Turn], int] | None = None,
         temperature: float = 1.0,
         capacity: int | None = None,
         ordered: bool = False,
@@ -131,6 +137,7 @@ class TrajectoryRollout:
         self.stop_strings = tuple(stop_strings)
         self.tokenizer = tokenizer
         self.state_tokens = state_tokens
+        self.depth = depth
         self.temperature = temperature
         self.capacity = capacity
         self.ordered = ordered
@@ -154,88 +161,75 @@ class TrajectoryRollout:
 
         Raises:
             ValueError: no prompts or an empty one, replies for the wrong number of rows, or a
-                policy that drops inside a turn or takes back a drop.
+                policy that drops inside a turn, takes back a drop, or hides with a floor what the
+                cache still holds.
         """
-        if not prompts or not all(len(prompt) for prompt in prompts):
-            raise ValueError("prompts: expected at least one, and none of them empty")
-        rows = [_Row(index, list(prompt)) for index, prompt in enumerate(prompts)]
+        check_prompts(prompts)
+        rows = [_CachedRow(self, index, list(prompt)) for index, prompt in enumerate(prompts)]
         was_training = self.model.training
         self.model.eval()
         try:
             with patched(self.model):
                 driver = _Driver(self, rows)
+                driver.feed()
                 active = rows
                 for number in range(1, self.max_turns + 1):
                     for row in active:
-                        driver.drop_before(row, Segment("state", 0, number))
+                        driver.drop(row, row.drop_before(Segment("state", 0, number, row.depth)))
                     driver.feed()
                     self._write_turn(driver, active, number, generator, on_tokens)
-                    active = self._observe(driver, active, respond, last=number == self.max_turns)
+                    going = ask(respond, active, last=number == self.max_turns)
+                    for row, observed in going:
+                        info = row.observation(observed)
+                        driver.drop(row, row.drop_before(info))
+                        row.add(info)
+                        row.pending += info.ids or ()
+                    still = {row.index for row, _ in going}
+                    for row in active:
+                        if row.index not in still:
+                            driver.retire(row)
+                    active = [row for row, _ in going]
+                    driver.feed()
                     if not active:
                         break
         finally:
             self.model.train(was_training)
-        return [self._finish(row) for row in rows]
+        return [row.finish() for row in rows]
 
     def _write_turn(
         self,
         driver: _Driver,
-        active: Sequence[_Row],
+        active: Sequence[_CachedRow],
         number: int,
         generator: torch.Generator | None,
         on_tokens: Callable[[int, Sequence[int]], None] | None,
     ) -> None:
-        writing = list(active)
         for row in active:
-            row.turns.append(Turn(row.index, number, [], closed=False))
+            row.writing = []
+        writing = list(active)
+        closed: set[int] = set()
         for _ in range(self.max_new_tokens):
             if not writing:
                 break
             logits = torch.stack([row.logits for row in writing])
             tokens, log_probs = _sample(logits, self.temperature, generator)
-            still: list[_Row] = []
+            still: list[_CachedRow] = []
             for row, token, log_prob in zip(
                 writing, tokens.tolist(), log_probs.tolist(), strict=True
             ):
-                turn = row.turns[-1]
-                turn.token_ids.append(token)
+                row.writing.append(token)
                 row.log_probs.append(log_prob)
                 row.pending.append(token)
                 if on_tokens is not None:
                     on_tokens(row.index, [token])
-                turn.closed = self._stops(turn.token_ids)
-                if not turn.closed:
+                if self._stops(row.writing):
+                    closed.add(row.index)
+                else:
                     still.append(row)
             driver.feed()
             writing = still
         for row in active:
-            ids = row.turns[-1].token_ids
-            state = self.state_tokens(list(ids)) if self.state_tokens else 0
-            if not 0 <= state <= len(ids):
-                raise ValueError(f"state_tokens: expected 0 to {len(ids)}, got {state}")
-            row.segments += [
-                Segment("state", ids[:state], number),
-                Segment("action", ids[state:], number),
-            ]
-
-    def _observe(
-        self, driver: _Driver, active: Sequence[_Row], respond: Respond, *, last: bool
-    ) -> list[_Row]:
-        replies = respond([row.turns[-1] for row in active])
-        if len(replies) != len(active):
-            raise ValueError(f"respond: expected {len(active)} replies, got {len(replies)}")
-        going = []
-        for row, reply in zip(active, replies, strict=True):
-            if reply is None or last:
-                driver.retire(row)
-                continue
-            info = Segment("info", [int(token) for token in reply], row.turns[-1].number)
-            driver.drop_before(row, info)
-            row.segments.append(info)
-            row.pending += info.ids or ()
-            going.append(row)
-        driver.feed()
-        return going
+            row.wrote(number, row.writing, row.index in closed)
 
     def _stops(self, ids: list[int]) -> bool:
         if ids[-1] in self.stop_ids:
@@ -247,46 +241,168 @@ class TrajectoryRollout:
         tail = self.tokenizer.decode(ids[-reach:])
         return any(stop in tail for stop in self.stop_strings)
 
-    def _finish(self, row: _Row) -> Rollout:
-        trajectory = Trajectory(row.segments, self.retention)
-        expires, _ = retained(row.segments, self.retention)
-        for index, (said, done) in enumerate(zip(expires, row.dropped_at, strict=False)):
-            if (done or len(row.segments)) != said:
+
+class Row:
+    """The books of one trajectory while it is written, for an engine that drives a batch of them.
+
+    Args:
+        index: which prompt it belongs to; prompt: its ids.
+        retention, positions, state_tokens, depth: as for `TrajectoryRollout`.
+
+    Attributes:
+        segments: what is written so far.
+        dropped_at: for each segment, before which one it was dropped; 0: it is alive.
+        turns: what was generated, turn by turn.
+        depth: of what comes next.
+        peak_tokens: the most tokens that were live at once, as the engine says.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt: list[int],
+        retention: Retention,
+        positions: Literal["kept", "reprefill"],
+        state_tokens: Callable[[list[int]], int] | None = None,
+        depth_of: Callable[[Turn], int] | None = None,
+    ) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.retention = retention
+        self.positions = positions
+        self.state_tokens = state_tokens
+        self.depth_of = depth_of
+        self.segments = [Segment("prompt", prompt)]
+        self.dropped_at = [0]
+        self.turns: list[Turn] = []
+        self.log_probs: list[float] = []
+        self.depth = 0
+        self.peak_tokens = 0
+
+    def drop_before(self, upcoming: Segment) -> list[int]:
+        """Marks what `upcoming` and all after it no longer see, and returns which segments that is.
+
+        Raises:
+            ValueError: the policy hides with a floor what is alive, or drops a prompt that is
+                sent again every turn.
+        """
+        expires, floors = retained([*self.segments, upcoming], self.retention)
+        name = getattr(self.retention, "__name__", repr(self.retention))
+        if floors is not None:
+            raise ValueError(
+                f"retention: expected a policy without floors, got {name}: a floor hides keys that "
+                "later tokens see again, so an engine can neither drop them nor hide them"
+            )
+        now = len(self.segments)
+        fresh = [past for past in range(now) if expires[past] <= now and not self.dropped_at[past]]
+        for past in fresh:
+            self.dropped_at[past] = now
+        if self.positions == "reprefill" and self.dropped_at[0]:
+            raise ValueError(
+                f"retention: {name} drops the prompt, behind which positions='reprefill' sends "
+                "every turn"
+            )
+        return fresh
+
+    def wrote(self, number: int, token_ids: list[int], closed: bool) -> None:
+        """Takes over a turn that was generated.
+
+        Raises:
+            ValueError: state_tokens gave no length of a part of it.
+        """
+        state = self.state_tokens(list(token_ids)) if self.state_tokens else 0
+        if not 0 <= state <= len(token_ids):
+            raise ValueError(f"state_tokens: expected 0 to {len(token_ids)}, got {state}")
+        self.add(Segment("state", token_ids[:state], number, self.depth))
+        self.add(Segment("action", token_ids[state:], number, self.depth))
+        self.turns.append(Turn(self.index, number, token_ids, closed, self.depth))
+
+    def observation(self, token_ids: Sequence[int]) -> Segment:
+        """The observation behind the last turn, which is to be dropped before, and then added."""
+        turn = self.turns[-1]
+        if self.depth_of is not None:
+            self.depth = self.depth_of(turn)
+        return Segment("info", [int(token) for token in token_ids], turn.number, self.depth)
+
+    def add(self, segment: Segment) -> None:
+        """Takes over a segment, alive."""
+        self.segments.append(segment)
+        self.dropped_at.append(0)
+
+    def live_ids(self) -> list[int]:
+        """The ids of what is alive behind the prompt."""
+        return [
+            token
+            for segment, dropped in zip(self.segments[1:], self.dropped_at[1:], strict=True)
+            if not dropped
+            for token in segment.ids or ()
+        ]
+
+    def finish(self) -> Rollout:
+        """The finished trajectory.
+
+        Raises:
+            ValueError: by the whole trajectory the policy drops elsewhere than it did on the way.
+        """
+        trajectory = Trajectory(self.segments, self.retention)
+        expires, _ = retained(self.segments, self.retention)
+        for index, (said, done) in enumerate(zip(expires, self.dropped_at, strict=True)):
+            if (done or len(self.segments)) != said:
                 raise ValueError(
-                    f"retention: segment {index} of row {row.index} expires at segment {said}, but "
-                    f"the rollout dropped it at {done or 'none'}: a policy must drop between turns "
-                    "and never change what it said of earlier drops"
+                    f"retention: segment {index} of row {self.index} expires at segment {said}, "
+                    f"but the rollout dropped it at {done or 'none'}: a policy must drop between "
+                    "turns and never change what it said of earlier drops"
                 )
         log_probs = torch.zeros(trajectory.num_tokens)
-        log_probs[trajectory.loss_mask] = torch.tensor(row.log_probs)
-        return Rollout(trajectory, log_probs, self.positions, row.peak_tokens, row.turns)
+        log_probs[trajectory.loss_mask] = torch.tensor(self.log_probs)
+        return Rollout(trajectory, log_probs, self.positions, self.peak_tokens, self.turns)
 
 
-@dataclass
-class _Row:
-    """A row in flight. `pending` are ids not yet in the cache; `logits` predict the next token."""
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError unless there is a prompt, and each has a token."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("prompts: expected at least one, and none of them empty")
 
-    index: int
-    prompt: list[int]
-    segments: list[Segment] = field(init=False)
-    dropped_at: list[int] = field(default_factory=list)
-    pending: list[int] = field(init=False)
-    log_probs: list[float] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
-    logits: Tensor = field(init=False)
-    next_position: int = 0
-    peak_tokens: int = 0
 
-    def __post_init__(self) -> None:
-        self.segments = [Segment("prompt", self.prompt)]
-        self.pending = list(self.prompt)
+def ask(
+    respond: Respond, rows: Sequence[AnyRow], *, last: bool
+) -> list[tuple[AnyRow, Sequence[int]]]:
+    """The rows that go on behind the turns just written, each with its observation.
+
+    Raises:
+        ValueError: replies for another number of rows.
+    """
+    replies = respond([row.turns[-1] for row in rows])
+    if len(replies) != len(rows):
+        raise ValueError(f"respond: expected {len(rows)} replies, got {len(replies)}")
+    answered = zip(rows, replies, strict=True)
+    return [(row, reply) for row, reply in answered if reply is not None and not last]
+
+
+class _CachedRow(Row):
+    """A row with a cache row. `pending` are ids not yet in the cache; `logits` predict the next
+    token; `writing` is the turn that is being written."""
+
+    logits: Tensor
+
+    def __init__(self, rollout: TrajectoryRollout, index: int, prompt: list[int]) -> None:
+        super().__init__(
+            index,
+            prompt,
+            rollout.retention,
+            rollout.positions,
+            rollout.state_tokens,
+            rollout.depth,
+        )
+        self.pending = list(prompt)
+        self.writing: list[int] = []
+        self.next_position = 0
 
 
 class _Driver:
     """The model-facing half: one cache, ragged feeds, drops."""
 
-    def __init__(self, rollout: TrajectoryRollout, rows: Sequence[_Row]) -> None:
-        self.rollout = rollout
+    def __init__(self, rollout: TrajectoryRollout, rows: Sequence[_CachedRow]) -> None:
         self.rows = rows
         self.model = rollout.model
         self.device = next(self.model.parameters()).device
@@ -330,46 +446,30 @@ class _Driver:
                 row.pending = []
                 row.peak_tokens = max(row.peak_tokens, held[row.index])
 
-    def drop_before(self, row: _Row, upcoming: Segment) -> None:
-        """Drops from the row's cache what `upcoming` and all after it no longer see."""
-        expires, _ = retained([*row.segments, upcoming], self.rollout.retention)
-        index = len(row.segments)
-        row.dropped_at += [0] * (index - len(row.dropped_at))
-        fresh = [
-            past for past in range(index) if expires[past] <= index and not row.dropped_at[past]
-        ]
-        for past in fresh:
-            row.dropped_at[past] = index
-        fresh = [past for past in fresh if row.segments[past].num_tokens]
-        if not fresh:
+    def drop(self, row: _CachedRow, segments: Sequence[int]) -> None:
+        """Drops these segments, which `row` no longer counts as alive, from its cache."""
+        if not any(row.segments[past].num_tokens for past in segments):
             return
-        if self.rollout.positions == "kept":
-            tokens = sum(segment.num_tokens for segment in row.segments)
-            alive = torch.zeros(tokens, dtype=torch.bool)
-            begin = 0
-            for segment, dropped in zip(row.segments, row.dropped_at, strict=True):
-                alive[begin : begin + segment.num_tokens] = not dropped
-                begin += segment.num_tokens
-            self._prune(row, alive)
+        if row.positions == "kept":
+            marks = [
+                torch.full((segment.num_tokens,), not dropped)
+                for segment, dropped in zip(row.segments, row.dropped_at, strict=True)
+            ]
+            self._prune(row, torch.cat(marks))
         else:
             # Only the prompt's keys are those of a fresh prefill; its last token is sent again too,
             # in case nothing else is and its logits are needed.
             begin = len(row.prompt) - 1
             self._prune(row, torch.arange(row.next_position) < begin)
             row.next_position = begin
-            row.pending = row.prompt[begin:] + [
-                token
-                for segment, dropped in zip(row.segments, row.dropped_at, strict=True)
-                if segment.role != "prompt" and not dropped
-                for token in segment.ids or ()
-            ]
+            row.pending = row.prompt[begin:] + row.live_ids()
 
-    def retire(self, row: _Row) -> None:
+    def retire(self, row: _CachedRow) -> None:
         """Empties a finished row's cache."""
         row.pending = []
         self._prune(row, torch.zeros(max(row.next_position, 1), dtype=torch.bool))
 
-    def _prune(self, row: _Row, alive: Tensor) -> None:
+    def _prune(self, row: _CachedRow, alive: Tensor) -> None:
         """Keeps only those of the row's slots whose position `alive` marks, from the next feed."""
         if self.keep is None:
             self.keep = torch.ones_like(self.cache.positions, dtype=torch.bool)

@@ -199,7 +199,7 @@ def test_no_server_and_no_answer_in_time():
 
 def test_policies_that_a_server_cannot_follow(server):
     engine = engine_for(server)
-    with pytest.raises(ValueError, match="without floors, got 'mem1_release'"):
+    with pytest.raises(ValueError, match="without floors, got mem1_release"):
         engine.run(PROMPTS, world, replace(GENERATION, retention=mem1_release))
 
     def fickle(segments):
@@ -209,7 +209,7 @@ def test_policies_that_a_server_cannot_follow(server):
             for index, s in enumerate(segments)
         ]
 
-    with pytest.raises(ValueError, match="never take back"):
+    with pytest.raises(ValueError, match="never change what it said of earlier drops"):
         engine.run(PROMPTS[:1], world, replace(GENERATION, retention=fickle))
 
 

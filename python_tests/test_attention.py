@@ -88,7 +88,8 @@ def test_mem1_layouts(sizes, count, form):
         other = turns(1 + sizes[0], count + 1, 5, sizes[1], sizes[2])
         layout = pack([layout, other] if form == "packed" else [[layout, other]])
     plan = BlockPlan.from_expiry(layout.expiry, layout.floor)
-    check(make_inputs(1, layout.num_tokens, 2, 1, 16), layout.expiry, plan=plan)
+    # Several rows, so that no lucky rounding of plain torch's sets the budget.
+    check(make_inputs(8, layout.num_tokens, 2, 1, 16), layout.expiry, plan=plan)
 
 
 def test_no_expiry_is_causal():
@@ -332,7 +333,11 @@ VALUE_ERRORS = {
     "plan: expected 8 tokens in 1 or 2 rows, got \\[1, 9\\]": {
         "plan": BlockPlan.from_expiry(torch.zeros(9).int())
     },
-    "softcap: expected a number > 0 or None, got -1": {"softcap": -1.0},
+    "softcap: expected a finite number > 0 or None, got -1": {"softcap": -1.0},
+    "softcap: expected a finite number > 0 or None, got inf": {"softcap": torch.inf},
+    "scale: expected a finite number > 0 or None, got -0.5": {"scale": -0.5},
+    "scale: expected a finite number > 0 or None, got 0": {"scale": 0},
+    "scale: expected a finite number > 0 or None, got nan": {"scale": torch.nan},
     "key: expected on cpu like query, got meta": {"key": torch.zeros(2, 8, 1, 16, device="meta")},
 }
 

@@ -88,13 +88,20 @@ def largest_difference(model, rollouts: list[Rollout], temperature: float = 1.0)
 POLICIES = {"mem1": mem1, "keep_last": keep_last(2), "keep_all": keep_all, "fold": fold}
 
 
+def branches(turn) -> int:
+    """Two turns of three are written in a branch, and one of six in a branch of that branch."""
+    return (0, 1, 1, 0, 1, 2)[turn.number % 6]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("positions", ["kept", "reprefill"])
 def test_rollout_equals_training(family, policy, positions, record_property):
     model = make_model(family)
-    rollouts = run(model, retention=POLICIES[policy], positions=positions)
+    rollouts = run(model, retention=POLICIES[policy], positions=positions, depth=branches)
     assert [len(rollout.turns) for rollout in rollouts] == LAST_TURNS
+    longest = rollouts[0]
+    assert (longest.peak_tokens < longest.trajectory.num_tokens - 9) == (policy != "keep_all")
     difference = largest_difference(model, rollouts)
     record_property("largest_difference", difference)
     assert difference <= 2e-5
@@ -103,9 +110,10 @@ def test_rollout_equals_training(family, policy, positions, record_property):
 
 
 @pytest.mark.parametrize("options", [{"ordered": True}, {"temperature": 0}, {"temperature": 0.7}])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["kept", "reprefill"])
-def test_ordered_pruning_and_temperatures(options, positions):
-    model = make_model("qwen2")
+def test_ordered_pruning_and_temperatures(options, family, positions):
+    model = make_model(family)
     rollouts = run(model, positions=positions, **options)
     assert largest_difference(model, rollouts, options.get("temperature", 1.0)) <= 2e-5
 
@@ -238,6 +246,37 @@ def test_a_policy_that_takes_back_a_drop_is_refused():
 
     with pytest.raises(ValueError, match="never change what it said of earlier drops"):
         run(make_model("qwen2"), retention=fickle)
+
+
+def test_a_policy_that_drops_inside_a_turn_is_refused_in_the_last_turn_too():
+    def early(segments):
+        end = len(segments)
+        return [index + 1 if s.role == "state" else end for index, s in enumerate(segments)]
+
+    with pytest.raises(ValueError, match="a policy must drop between turns"):
+        run(make_model("qwen2"), retention=early, max_turns=1)
+
+
+def test_a_policy_with_floors_is_refused():
+    for positions in ("kept", "reprefill"):
+        with pytest.raises(ValueError, match="a policy without floors, got mem1_release"):
+            run(make_model("qwen2"), retention=mem1_release, positions=positions)
+
+
+def test_a_prompt_may_be_dropped_from_a_kept_cache_only():
+    def window(segments):
+        """The prompt goes when the first turn begins, each turn when the one after next does."""
+        first = {}
+        for index, segment in enumerate(segments):
+            first.setdefault(segment.turn, index)
+        later = [1 if s.role == "prompt" else s.turn + 2 for s in segments]
+        return [first.get(turn, len(segments)) for turn in later]
+
+    model = make_model("qwen2")
+    rollouts = run(model, retention=window)
+    assert largest_difference(model, rollouts) <= 2e-5
+    with pytest.raises(ValueError, match="window drops the prompt"):
+        run(model, retention=window, positions="reprefill")
 
 
 ERRORS = {

@@ -281,4 +281,4 @@ def test_every_way_to_cut_a_tile(config, monkeypatch):
 @settings(max_examples=8)
 def test_layouts(prompt, turn_count, parts, seed):
     expiry = turns(prompt, turn_count, *parts).expiry
-    check(make_inputs(1, len(expiry), 1, 1, 16, HALF, seed), expiry)
+    check(make_inputs(2, len(expiry), 1, 1, 16, HALF, seed), expiry)

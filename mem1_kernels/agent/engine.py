@@ -18,8 +18,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from mem1_kernels.rollout import Respond, Rollout, TrajectoryRollout, Turn
-from mem1_kernels.trajectory import Retention, Segment, Trajectory, mem1, retained
+from mem1_kernels.rollout import Respond, Rollout, Row, TrajectoryRollout, ask, check_prompts
+from mem1_kernels.trajectory import Retention, Segment, mem1
 
 OnTokens = Callable[[int, Sequence[int]], None]
 """(row, ids just sampled in it), called while a turn is written, perhaps from another thread."""
@@ -206,33 +206,43 @@ class ServerEngine:
             EngineError: the server is not there, refuses, or sends no token ids or log-probs.
             ValueError: no prompts or an empty one, or a policy that no server can follow.
         """
-        if not prompts or not all(len(prompt) for prompt in prompts):
-            raise ValueError("prompts: expected at least one, and none of them empty")
-        rows = [_Row(index, list(prompt), generation) for index, prompt in enumerate(prompts)]
+        check_prompts(prompts)
+        rows = [
+            Row(
+                index,
+                list(prompt),
+                generation.retention,
+                "reprefill",
+                generation.state_tokens,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
         active = rows
         with ThreadPoolExecutor(min(self.workers, len(rows))) as pool:
             for number in range(1, generation.max_turns + 1):
-                contexts = [row.context(number) for row in active]
+                contexts = []
+                for row in active:
+                    row.drop_before(Segment("state", 0, number))
+                    contexts.append(row.prompt + row.live_ids())
 
-                def write(job: tuple[_Row, list[int]], number: int = number) -> _Completion:
+                def write(job: tuple[Row, list[int]], number: int = number) -> _Completion:
                     row, context = job
                     return self._complete(context, generation, row.index, number, on_tokens)
 
                 jobs = list(zip(active, contexts, strict=True))
                 for (row, context), written in zip(jobs, pool.map(write, jobs), strict=True):
-                    row.wrote(number, len(context), written)
-                replies = respond([row.turns[-1] for row in active])
-                if len(replies) != len(active):
-                    raise ValueError(f"respond: expected {len(active)} replies, got {len(replies)}")
-                going = []
-                for row, reply in zip(active, replies, strict=True):
-                    if reply is not None and number < generation.max_turns:
-                        row.segments.append(Segment("info", list(reply), number))
-                        going.append(row)
-                active = going
+                    row.wrote(number, written.token_ids, written.finish == "stop")
+                    row.log_probs += written.log_probs
+                    row.peak_tokens = max(row.peak_tokens, len(context) + len(written.token_ids))
+                going = ask(respond, active, last=number == generation.max_turns)
+                for row, observed in going:
+                    info = row.observation(observed)
+                    row.drop_before(info)
+                    row.add(info)
+                active = [row for row, _ in going]
                 if not active:
                     break
-        return [row.rollout() for row in rows]
+        return [row.finish() for row in rows]
 
     def _complete(
         self,
@@ -331,64 +341,6 @@ class _Completion:
     log_probs: list[float]
     finish: str
     fresh: Sequence[int] = ()
-
-
-class _Row:
-    """A row in flight on a server."""
-
-    def __init__(self, index: int, prompt: list[int], generation: Generation) -> None:
-        self.index = index
-        self.prompt = prompt
-        self.generation = generation
-        self.segments = [Segment("prompt", prompt)]
-        self.turns: list[Turn] = []
-        self.log_probs: list[float] = []
-        self.peak_tokens = 0
-        self._dropped: set[int] = set()
-
-    def context(self, number: int) -> list[int]:
-        """What is live when turn `number` begins: the prompt and all that is not dropped."""
-        policy = self.generation.retention
-        expires, floors = retained([*self.segments, Segment("state", 0, number)], policy)
-        if floors is not None:
-            raise ValueError(
-                "retention: expected a policy without floors, got "
-                f"{getattr(policy, '__name__', policy)!r}: a server attends to all that it is sent"
-            )
-        now = len(self.segments)
-        dropped = {index for index, end in enumerate(expires[:now]) if end <= now}
-        if not self._dropped <= dropped:
-            raise ValueError("retention: a policy must never take back what it has dropped")
-        self._dropped = dropped
-        kept = [
-            token
-            for index, segment in enumerate(self.segments)
-            if index and index not in dropped
-            for token in segment.ids or ()
-        ]
-        return self.prompt + kept
-
-    def wrote(self, number: int, context: int, written: _Completion) -> None:
-        """Takes over a turn that was written behind `context` tokens."""
-        ids = written.token_ids
-        count = self.generation.state_tokens
-        state = count(list(ids)) if count else 0
-        if not 0 <= state <= len(ids):
-            raise ValueError(f"state_tokens: expected 0 to {len(ids)}, got {state}")
-        self.segments += [
-            Segment("state", ids[:state], number),
-            Segment("action", ids[state:], number),
-        ]
-        self.turns.append(Turn(self.index, number, ids, written.finish == "stop"))
-        self.log_probs += written.log_probs
-        self.peak_tokens = max(self.peak_tokens, context + len(ids))
-
-    def rollout(self) -> Rollout:
-        """The finished trajectory."""
-        trajectory = Trajectory(self.segments, self.generation.retention)
-        log_probs = torch.zeros(trajectory.num_tokens)
-        log_probs[trajectory.loss_mask] = torch.tensor(self.log_probs)
-        return Rollout(trajectory, log_probs, "reprefill", self.peak_tokens, self.turns)
 
 
 def _ids(*values: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def trajectory_attention(
         floor: as expiry: first key that the query sees. None: 0.
         plan: `BlockPlan.from_expiry(expiry, floor)`, in place of expiry and floor; make it once and
             reuse it. Without it one is made in the call.
-        scale: of the scores; `head_dim ** -0.5` unless told.
+        scale: of the scores, > 0; `head_dim ** -0.5` unless told.
         softcap: scores become `softcap * tanh(scores / softcap)`, if given (> 0).
         return_lse: return the log-sum-exp of the scores too (natural log). It is differentiable.
 
@@ -133,8 +134,10 @@ def trajectory_attention(
         plan = BlockPlan.from_expiry(expiry, floor)
     head_dim = query.shape[3]
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number > 0 or None, got {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
     if batch == 0:
         raise ValueError("query: expected at least one batch row, got none")
 

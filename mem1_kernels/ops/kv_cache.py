@@ -177,6 +177,8 @@ def cached_attention(
             raise ValueError(f"window: expected at least 1 token or None, got {window}")
         if positions is None:
             raise ValueError("positions: a window needs each slot's position, got None")
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"positions: expected a tensor, got {type(positions).__name__}")
         if positions.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"positions: expected int32 or int64, got {positions.dtype}")
         if list(positions.shape) != [batch, capacity]:
