@@ -13,11 +13,14 @@ from local_server import serve
 from mem1_kernels import keep_all
 from mem1_kernels.agent import agent as agent_module
 from mem1_kernels.agent.agent import MemoryEfficientAgent, resolve_model
+from mem1_kernels.agent.engine import HFEngine
 from mem1_kernels.agent.environment import Step, ToolError
 from mem1_kernels.agent.qa import QATask, RetrievalQA
 from mem1_kernels.agent.retrieval import BM25, Passage, RetrievalServer, write_corpus
+from mem1_kernels.agent.shop import Shop
 from mem1_kernels.agent.tags import PAPER
 from mem1_kernels.agent.tasks import ChainTask, TableEnvironment, Teacher
+from mem1_kernels.agent.webshop import ShopSite, WebShop
 from mem1_kernels.rollout import collate, score
 
 PASSAGES = [
@@ -351,6 +354,34 @@ def test_the_default_environment_without_its_package(monkeypatch, make_agent):
         make_agent(environment=None)
 
 
+def test_two_customers_in_one_shop(monkeypatch, make_agent, tokenizer):
+    """Each plays on a site of its own, though one environment was given for both."""
+    shop = Shop(products=40)
+    goals = shop.goals(2, seed=1)
+    rows = []
+    for goal in goals:
+        clicks = [goal.product.asin, *goal.options.values(), "Buy Now"]
+        actions = [f"search[{goal.product.title}]", *(f"click[{name}]" for name in clicks)]
+        rows.append([f"<summary>On.</summary><answer>{action}</answer>" for action in actions])
+    Script(monkeypatch, tokenizer, *rows)
+    agent = make_agent(environment=WebShop(ShopSite(shop)), workers=2, max_new_tokens=400)
+    results = agent.run(goals, max_turns=9)
+    assert [result.reward for result in results] == [1.0, 1.0], [str(r) for r in results]
+
+
+def test_an_engine_of_ones_own(monkeypatch, model, tokenizer, corpus):
+    Script(monkeypatch, tokenizer, RIGHT)
+    options = {"environment": corpus, "progress": False, "max_new_tokens": 60}
+    agent = MemoryEfficientAgent(None, engine=HFEngine(model, tokenizer), **options)
+    assert agent.process("Capitals", QUERIES).answers == ["N'Djamena", "Bamako"]
+    with pytest.raises(ValueError, match="model: expected None beside an engine"):
+        MemoryEfficientAgent(model, engine=HFEngine(model, tokenizer), **options)
+    with pytest.raises(ValueError, match="tokenizer: expected None beside an engine"):
+        MemoryEfficientAgent(None, engine=HFEngine(model), tokenizer=tokenizer, **options)
+    with pytest.raises(ValueError, match="model: expected a name or a model, got None"):
+        MemoryEfficientAgent(None, **options)
+
+
 def test_a_model_that_is_not_there(tmp_path, corpus):
     agent = MemoryEfficientAgent(str(tmp_path / "nothing"), environment=corpus)
     with pytest.raises(OSError, match="nothing' is neither a folder nor to be had"):
@@ -363,6 +394,7 @@ ERRORS = {
     "max_new_tokens: expected at least 1, got 0": {"max_new_tokens": 0},
     "max_info_tokens: expected at least 1, got 0": {"max_info_tokens": 0},
     "temperature: expected 0 or more, got -1": {"temperature": -1},
+    "workers: expected at least 1, got 0": {"workers": 0},
     "tags: expected none beside an environment": {
         "environment": TableEnvironment(),
         "tags": PAPER,

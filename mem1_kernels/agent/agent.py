@@ -62,7 +62,8 @@ class TurnRecord:
         state, payload: what stood in the state tag and in the action tag; empty if malformed.
         closed: the turn ends with the closing tag of an action; False: it was cut.
         error: what is wrong with a malformed turn.
-        observation: what came back, before it was capped; empty at the end of the episode.
+        observation: what came back, up to 64 characters (or ids) a token that may be seen of it;
+            empty at the end of the episode.
         tokens: how many tokens the state, the action and the info have.
     """
 
@@ -171,7 +172,7 @@ class MemoryEfficientAgent:
         engine: "pruned" (in this process, the KV cache pruned in place), "reprefill" (in this
             process, the live text sent again every turn), the address of an OpenAI-compatible
             server such as "http://127.0.0.1:8000/v1" (`model` is the name that it serves), or an
-            `Engine` of your own.
+            `Engine` of your own, which has its model and tokenizer (`model` is None then).
         environment: where the agent acts:
 
             - a path ending in .jsonl: a corpus, searched by BM25;
@@ -188,8 +189,10 @@ class MemoryEfficientAgent:
         max_info_tokens: the most tokens of an observation, its tags and hint included.
         temperature: of sampling; 0 is greedy.
         seed: of sampling.
+        workers: how many environments may act at once, for tools that wait for a network.
         progress: show a progress bar, on stderr, a step a turn.
-        on_text: called with (task number, piece of text) while a turn is written.
+        on_text: called with (task number, piece of text) while a turn is written, where the
+            environment speaks text.
         on_turn: called with (task number, TurnRecord) after each turn.
 
     Raises:
@@ -224,6 +227,7 @@ class MemoryEfficientAgent:
         max_info_tokens: int = 600,
         temperature: float = 0.0,
         seed: int | None = 0,
+        workers: int = 1,
         progress: bool = True,
         on_text: Callable[[int, str], None] | None = None,
         on_turn: Callable[[int, TurnRecord], None] | None = None,
@@ -231,6 +235,7 @@ class MemoryEfficientAgent:
         for name, value in (
             ("max_new_tokens", max_new_tokens),
             ("max_info_tokens", max_info_tokens),
+            ("workers", workers),
         ):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -240,6 +245,12 @@ class MemoryEfficientAgent:
             raise ValueError(
                 f"engine: expected 'pruned', 'reprefill' or an address http://…/v1, got {engine!r}"
             )
+        if not isinstance(engine, str):
+            for name, value in (("model", model), ("tokenizer", tokenizer)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected None beside an engine, which has its own")
+        elif model is None:
+            raise ValueError("model: expected a name or a model, got None")
         self.model = resolve_model(model) if isinstance(model, str) else model
         self.tokenizer = tokenizer
         self.retention = retention
@@ -247,6 +258,7 @@ class MemoryEfficientAgent:
         self.max_info_tokens = max_info_tokens
         self.temperature = temperature
         self.seed = seed
+        self.workers = workers
         self.progress = progress
         self.on_text = on_text
         self.on_turn = on_turn
@@ -279,7 +291,7 @@ class MemoryEfficientAgent:
             if isinstance(queries, str):
                 raise TypeError("queries: expected a sequence of questions, got one string")
             task = QATask(tuple(queries), topic=str(task))
-        elif isinstance(task, str):
+        elif isinstance(task, str) and isinstance(self._make(), RetrievalQA):
             raise TypeError("queries: expected the questions, got None")
         return self.run([task], max_turns=max_turns)[0]
 
@@ -298,7 +310,7 @@ class MemoryEfficientAgent:
         if max_turns < 1:
             raise ValueError(f"max_turns: expected at least 1, got {max_turns}")
         started = time.perf_counter()
-        batch = EnvironmentBatch(self._make)
+        batch = EnvironmentBatch(self._make, workers=self.workers)
         prompts = batch.reset(tasks)
         episodes = _Episodes(self, batch, prompts, max_turns)
         rollouts = episodes.play() if batch.active else {}

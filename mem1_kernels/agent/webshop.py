@@ -7,6 +7,7 @@ pieces of text with [SEP] between them, and with the actions that it allows.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ class ShopSite:
         """A new session."""
         if not isinstance(task, Goal):
             raise TypeError(f"task: expected a Goal, got {type(task).__name__}")
-        self._goal = task
+        self._goal, self._options = task, {}
         return task.instruction, self._search_page()
 
     def search(self, keywords: str) -> View:
@@ -171,6 +172,12 @@ class WebShop:
         self.site = site
         self.tags = tags
         self._view: View | None = None
+
+    def __copy__(self) -> WebShop:
+        """Another customer, who plays on a copy of the site."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__ | {"site": copy.copy(self.site)}
+        return other
 
     def reset(self, task: Any) -> str:
         """Begins a session; the task is what the site takes."""
