@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from .advantages import (
+from mem1_kernels.ppo.advantages import (
     gae,
     kl_penalised_rewards,
     on_every_token,
     on_last_token,
     reinforce_pp_advantages,
 )
-from .groups import grpo_advantages, rloo_advantages
-from .logprobs import token_log_probs
-from .losses import kl_estimate, policy_loss, truncated_importance_weights, value_loss
-from .masked import AllReduce, masked_mean, whiten
-from .metrics import approx_kl, clip_fraction, explained_variance, log_prob_gap
+from mem1_kernels.ppo.groups import grpo_advantages, rloo_advantages
+from mem1_kernels.ppo.logprobs import token_log_probs
+from mem1_kernels.ppo.losses import (
+    kl_estimate,
+    policy_loss,
+    truncated_importance_weights,
+    value_loss,
+)
+from mem1_kernels.ppo.masked import AllReduce, masked_mean, whiten
+from mem1_kernels.ppo.metrics import approx_kl, clip_fraction, explained_variance, log_prob_gap
 
 __all__ = [
     "AllReduce",

@@ -4,10 +4,10 @@ Time is counted in generated tokens. The tokens of an observation stand between 
 policy, but they are no actions: they get no reward, no value and no advantage, and the token after
 them is the direct successor of the token before them.
 
-Layouts: ``[tokens]``, packed, with ``trajectory_ids`` telling the trajectories apart (without them
-it is one trajectory); or ``[rows, tokens]``, where without ids each row is one trajectory. The
-same id means the same trajectory, which must not be spread over several rows. A trajectory's
-tokens are in order of time, but need not be contiguous.
+Layouts: `[tokens]`, packed, with `trajectory_ids` telling the trajectories apart (without them it
+is one trajectory); or `[rows, tokens]`, where without ids each row is one trajectory. The same id
+means the same trajectory, which must not be spread over several rows. A trajectory's tokens are in
+order of time, but need not be contiguous.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .losses import kl_estimate
-from .masked import AllReduce, check_like_mask, check_scores, live, whiten, wide
+from mem1_kernels.ppo.losses import kl_estimate
+from mem1_kernels.ppo.masked import check_like_mask, check_scores, live, whiten, wide
 
 __all__ = [
     "gae",
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def _by_trajectory(mask: Tensor, trajectory_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Flat positions of the generated tokens and their ids, both [generated]: trajectory after
+    """Flat positions of the generated tokens and their ids, both `[generated]`: trajectory after
     trajectory, each in order of time."""
     if mask.dim() not in (1, 2):
         raise ValueError(f"mask: expected [tokens] or [rows, tokens], got {tuple(mask.shape)}")
@@ -69,34 +69,32 @@ def gae(
     gamma: float = 1.0,
     lam: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    r"""Generalised advantage estimates and returns over the generated tokens of each trajectory.
+    """Generalised advantage estimates and returns over the generated tokens of each trajectory.
 
-    .. math:: \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad
-        A_t = \delta_t + \gamma \lambda A_{t+1}, \qquad R_t = A_t + V_t
+        d_t = r_t + gamma V_{t+1} - V_t;  A_t = d_t + gamma lam A_{t+1};  R_t = A_t + V_t
 
     where t + 1 is the trajectory's next *generated* token, and V and A are 0 after its last one.
     The recursion is a scan by doubling, in fp64: log2(longest trajectory) vectorised steps.
 
     Args:
-        rewards: [tokens] or [rows, tokens], floating point. Read at generated tokens only: put
-            the episode's reward on the last one (:func:`on_last_token`).
-        values: like ``rewards``: the critic's, at each generated token before it is chosen.
-        mask: like ``rewards``, bool, True for generated tokens.
-        trajectory_ids: like ``rewards``, int32 or int64; read at generated tokens only.
+        rewards: `[tokens]` or `[rows, tokens]`, floating point. Read at generated tokens only: put
+            the episode's reward on the last one (`on_last_token`).
+        values: like `rewards`: the critic's, at each generated token before it is chosen.
+        mask: like `rewards`, bool, True for generated tokens.
+        trajectory_ids: like `rewards`, int32 or int64; read at generated tokens only.
         gamma, lam: in [0, 1]; gamma is the discount per generated token.
 
     Returns:
-        (advantages, returns), each like ``rewards``, fp32 (fp64 if ``values`` are), 0 where
-        ``mask`` is False, without gradient.
+        (advantages, returns), each like `rewards`, fp32 (fp64 if `values` are), 0 where `mask`
+        is False, without gradient.
 
     Raises:
-        ValueError: shapes differ, the mask is empty, an id occurs in two rows, or ``gamma`` or
-            ``lam`` is out of range.
+        ValueError: shapes differ, the mask is empty, an id occurs in two rows, or `gamma` or `lam`
+            is out of range.
         TypeError: a dtype is of the wrong kind.
 
-    Source: Schulman et al., arXiv:1506.02438, eq. 16.
+    Source: Schulman et al., arXiv 1506.02438, eq. 16.
 
-    >>> import torch
     >>> mask = torch.tensor([True, False, True])  # act, observe, act
     >>> rewards, values = torch.tensor([0.0, 9.0, 1.0]), torch.tensor([0.25, 9.0, 0.5])
     >>> gae(rewards, values, mask)
@@ -130,21 +128,20 @@ def on_last_token(scores: Tensor, mask: Tensor, trajectory_ids: Tensor | None = 
     """Each trajectory's score on its last generated token, 0 elsewhere: a terminal reward.
 
     Args:
-        scores: [trajectories], floating point; trajectory id ``j`` gets ``scores[j]``.
-        mask: [tokens] or [rows, tokens] bool, True for generated tokens.
-        trajectory_ids: like ``mask``, int32 or int64, in [0, trajectories) at generated tokens.
+        scores: `[trajectories]`, floating point; trajectory id `j` gets `scores[j]`.
+        mask: `[tokens]` or `[rows, tokens]` bool, True for generated tokens.
+        trajectory_ids: like `mask`, int32 or int64, in [0, trajectories) at generated tokens.
 
     Returns:
-        like ``mask``, fp32 (fp64 for fp64), without gradient.
+        like `mask`, fp32 (fp64 for fp64), without gradient.
 
     Raises:
         ValueError: shapes differ, an id is out of range or in two rows, or a trajectory has no
             generated token to carry its score.
         TypeError: a dtype is of the wrong kind.
 
-    Source: the outcome reward of MEM1, arXiv:2506.15841.
+    Source: the outcome reward of MEM1, arXiv 2506.15841.
 
-    >>> import torch
     >>> mask = torch.tensor([True, True, False, True, False])
     >>> ids = torch.tensor([0, 0, 0, 1, 1])
     >>> on_last_token(torch.tensor([0.5, 1.0]), mask, ids)
@@ -162,14 +159,13 @@ def on_every_token(scores: Tensor, mask: Tensor, trajectory_ids: Tensor | None =
     """Each trajectory's score on all its generated tokens, 0 elsewhere: how GRPO's and RLOO's
     advantages reach the tokens.
 
-    Args, Raises: as for :func:`on_last_token`.
+    Args, Raises: as for `on_last_token`.
 
     Returns:
-        like ``mask``, fp32 (fp64 for fp64), without gradient.
+        like `mask`, fp32 (fp64 for fp64), without gradient.
 
-    Source: arXiv:2402.03300, section 4.1.2.
+    Source: arXiv 2402.03300, section 4.1.2.
 
-    >>> import torch
     >>> mask = torch.tensor([True, True, False, True, False])
     >>> ids = torch.tensor([0, 0, 0, 1, 1])
     >>> on_every_token(torch.tensor([0.5, 1.0]), mask, ids)
@@ -183,7 +179,7 @@ def on_every_token(scores: Tensor, mask: Tensor, trajectory_ids: Tensor | None =
 def _checked_scores(
     scores: Tensor, mask: Tensor, trajectory_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`_by_trajectory`, with the ids being exactly the indices of ``scores``."""
+    """`_by_trajectory`, with the ids being exactly the indices of `scores`."""
     check_scores(scores)
     check_like_mask(mask)
     where, ids = _by_trajectory(mask, trajectory_ids)
@@ -205,35 +201,32 @@ def reinforce_pp_advantages(
     trajectory_ids: Tensor | None = None,
     *,
     gamma: float = 1.0,
-    all_reduce: AllReduce | None = None,
 ) -> Tensor:
-    r"""Discounted reward-to-go of each generated token, whitened over the whole batch; no critic.
+    """Discounted reward-to-go of each generated token, whitened over the whole batch; no critic.
 
-    .. math:: G_t = \sum_{k \ge t} \gamma^{k - t} r_k, \qquad A_t = (G_t - \mu) / \sigma
+        G_t = sum_{k >= t} gamma^(k - t) r_k;  A_t = (G_t - mean) / std
 
     Args:
-        rewards: [tokens] or [rows, tokens], floating point: the terminal reward and, at every
-            generated token, the KL penalty (:func:`kl_penalised_rewards`).
-        mask: like ``rewards``, bool, True for generated tokens.
-        trajectory_ids: like ``rewards``, int32 or int64.
+        rewards: `[tokens]` or `[rows, tokens]`, floating point: the terminal reward and, at every
+            generated token, the KL penalty (`kl_penalised_rewards`).
+        mask: like `rewards`, bool, True for generated tokens.
+        trajectory_ids: like `rewards`, int32 or int64.
         gamma: in [0, 1].
-        all_reduce: as for :func:`~mem1_kernels.ppo.masked.whiten`.
 
     Returns:
-        like ``rewards``, fp32 (fp64 for fp64), 0 where ``mask`` is False, without gradient.
+        like `rewards`, fp32 (fp64 for fp64), 0 where `mask` is False, without gradient.
 
     Raises:
-        ValueError, TypeError: as for :func:`gae`.
+        ValueError, TypeError: as for `gae`.
 
-    Source: Hu et al., arXiv:2501.03262.
+    Source: Hu et al., arXiv 2501.03262.
 
-    >>> import torch
     >>> mask, ids = torch.ones(4, dtype=torch.bool), torch.tensor([0, 0, 1, 1])
     >>> reinforce_pp_advantages(torch.tensor([0.0, 1.0, 0.0, 0.0]), mask, ids)
     tensor([ 1.,  1., -1., -1.])
     """
     _, reward_to_go = gae(rewards, torch.zeros_like(rewards), mask, trajectory_ids, gamma=gamma)
-    return whiten(reward_to_go, mask, all_reduce=all_reduce)
+    return whiten(reward_to_go, mask)
 
 
 @torch.no_grad()
@@ -246,26 +239,25 @@ def kl_penalised_rewards(
     coef: float,
     kind: Literal["k1", "k2", "k3"] = "k1",
 ) -> Tensor:
-    r"""Rewards minus a KL penalty at every generated token.
+    """Rewards minus a KL penalty at every generated token.
 
-    .. math:: r'_t = r_t - \beta \, k(\log \pi_t, \log ref_t)
+        r'_t = r_t - coef k(log pi_t, log ref_t)
 
     Args:
-        rewards, log_probs, ref_log_probs: [...], floating point.
-        mask: [...] bool, True for generated tokens.
-        coef: beta >= 0 (MEM1: 0.001).
-        kind: the estimator, see :func:`~mem1_kernels.ppo.losses.kl_estimate`.
+        rewards, log_probs, ref_log_probs: `[...]`, floating point.
+        mask: `[...]` bool, True for generated tokens.
+        coef: at least 0 (MEM1: 0.001).
+        kind: the estimator, see `kl_estimate`.
 
     Returns:
-        [...], fp32 (fp64 for fp64), 0 where ``mask`` is False, without gradient.
+        `[...]`, fp32 (fp64 for fp64), 0 where `mask` is False, without gradient.
 
     Raises:
-        ValueError: shapes differ, ``coef`` is negative, or ``kind`` is unknown.
-        TypeError: ``mask`` is not bool, or another tensor is not floating point.
+        ValueError: shapes differ, `coef` is negative, or `kind` is unknown.
+        TypeError: `mask` is not bool, or another tensor is not floating point.
 
-    Source: Ouyang et al., arXiv:2203.02155, eq. 2.
+    Source: Ouyang et al., arXiv 2203.02155, eq. 2.
 
-    >>> import torch
     >>> zero, mask = torch.zeros(2), torch.tensor([True, False])
     >>> kl_penalised_rewards(zero + 1, zero + 0.5, zero, mask, coef=0.1)
     tensor([0.9500, 0.0000])

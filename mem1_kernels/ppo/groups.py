@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .masked import check_scores, wide
+from mem1_kernels.ppo.masked import check_scores, wide
 
 __all__ = ["grpo_advantages", "rloo_advantages"]
 
@@ -35,28 +35,26 @@ def _groups(scores: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def grpo_advantages(
     scores: Tensor, group_ids: Tensor, *, scale: bool = True, eps: float = 1e-6
 ) -> Tensor:
-    r"""Scores relative to their group: the trajectories sampled for the same task.
+    """Scores relative to their group: the trajectories sampled for the same task.
 
-    .. math:: A_i = (s_i - \mathrm{mean}_g) / (\mathrm{std}_g + \epsilon), \qquad
-        \mathrm{std}_g \text{ with } |g| - 1 \text{ in the denominator}
+        A_i = (s_i - mean_g) / (std_g + eps), std_g with |g| - 1 in the denominator
 
     Args:
-        scores: [trajectories], floating point.
-        group_ids: [trajectories], int32 or int64: equal for the same task.
+        scores: `[trajectories]`, floating point.
+        group_ids: `[trajectories]`, int32 or int64: equal for the same task.
         scale: False: do not divide by the standard deviation (Dr. GRPO).
         eps: keeps a group of equal scores at 0.
 
     Returns:
-        [trajectories], fp32 (fp64 for fp64), without gradient; to tokens:
-        :func:`~mem1_kernels.ppo.advantages.on_every_token`.
+        `[trajectories]`, fp32 (fp64 for fp64), without gradient; `on_every_token` brings
+        them to the tokens.
 
     Raises:
         ValueError: shapes differ, or a group has only one member.
         TypeError: a dtype is of the wrong kind.
 
-    Source: Shao et al., arXiv:2402.03300, section 4.1.2; ``scale=False``: arXiv:2503.20783.
+    Source: Shao et al., arXiv 2402.03300, section 4.1.2; `scale=False`: arXiv 2503.20783.
 
-    >>> import torch
     >>> grpo_advantages(torch.tensor([1.0, 0.0, 3.0, 3.0]), torch.tensor([5, 5, 7, 7]))
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
     """
@@ -70,16 +68,14 @@ def grpo_advantages(
 
 @torch.no_grad()
 def rloo_advantages(scores: Tensor, group_ids: Tensor) -> Tensor:
-    r"""Scores minus the mean of the *other* members of their group.
+    """Scores minus the mean of the *other* members of their group.
 
-    .. math:: A_i = s_i - \frac{1}{|g| - 1} \sum_{j \in g, j \ne i} s_j
-        = \frac{|g|}{|g| - 1} (s_i - \mathrm{mean}_g)
+        A_i = s_i - sum_{j in g, j != i} s_j / (|g| - 1) = (s_i - mean_g) |g| / (|g| - 1)
 
-    Args, Returns, Raises: as for :func:`grpo_advantages`.
+    Args, Returns, Raises: as for `grpo_advantages`.
 
-    Source: Ahmadian et al., arXiv:2402.14740; Kool et al., 2019.
+    Source: Ahmadian et al., arXiv 2402.14740; Kool et al., 2019.
 
-    >>> import torch
     >>> rloo_advantages(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0, 0, 0]))
     tensor([ 0.0000, -1.5000,  1.5000])
     """

@@ -1,6 +1,6 @@
 """Token log-probs and entropy straight from hidden states, a chunk of tokens at a time.
 
-The logits of 100,000 tokens over a vocabulary of 152,064 are 61 GB in fp32. Here at most ``chunk``
+The logits of 100,000 tokens over a vocabulary of 152,064 are 61 GB in fp32. Here at most `chunk`
 rows of them exist, in the forward pass and again in the backward pass, which recomputes them from
 the hidden states and the saved log-sum-exp.
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .masked import wide
+from mem1_kernels.ppo.masked import wide
 
 __all__ = ["token_log_probs"]
 
 # fp32 logits held at once when the caller names no chunk: 256 MiB
-_LOGITS_BUDGET = 2**26
+LOGITS_BUDGET = 2**26
 
 
 def _operands(hidden: Tensor, weight: Tensor, low: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
 ) -> Tensor:
-    """[rows, vocabulary] in fp32 or fp64, after bias, cap and temperature."""
+    """`[rows, vocabulary]` in fp32 or fp64, after bias, cap and temperature."""
     z = _matmul(hidden, weight.t())
     if bias is not None:
         z.add_(bias)
@@ -185,42 +185,39 @@ def token_log_probs(
     chunk: int | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Log-probability of each target, and entropy of its distribution, without the full logits.
+    """Log-probability of each target, and entropy of its distribution, without the full logits.
 
-    .. math:: z = \mathrm{cap}(W h + b) / T, \quad
-        \log p(t) = z_t - \log \sum_j e^{z_j}, \quad
-        H = -\sum_j p_j \log p_j, \quad \mathrm{cap}(x) = c \tanh(x / c)
+        z = cap(W h + b) / T;  log p(t) = z_t - log sum_j exp(z_j);  H = -sum_j p_j log p_j
 
-    ``targets[i]`` is what ``hidden[i]`` predicts: in one plain sequence the token after ``i``.
-    Gradients reach ``hidden``, ``weight`` and ``bias``, through the log-probs and the entropy; the
-    backward pass is closed-form and recomputes each chunk's logits. Products of bf16 or fp16
-    inputs are accumulated and kept in fp32. On CUDA with bf16, the logits' gradient is rounded to
-    bf16 before the two backward matmuls, as a bf16 linear layer rounds it; elsewhere it is not.
-    Under autocast the operands are rounded to the autocast dtype first.
+    with cap(x) = c tanh(x / c). `targets[i]` is what `hidden[i]` predicts: in one plain sequence
+    the token after `i`. Gradients reach `hidden`, `weight` and `bias`, through the log-probs and
+    the entropy; the backward pass is closed-form and recomputes each chunk's logits. Products of
+    bf16 or fp16 inputs are accumulated and kept in fp32. On CUDA with bf16, the logits' gradient is
+    rounded to bf16 before the two backward matmuls, as a bf16 linear layer rounds it; elsewhere it
+    is not. Under autocast the operands are rounded to the autocast dtype first.
 
     Args:
-        hidden: [..., D], floating point: the last hidden states, after the final norm.
-        weight: [V, D], floating point: the LM head.
-        targets: [...], integer in [0, V).
-        bias: [V], floating point, optional.
-        mask: [...] bool. Where False nothing is computed (an agent's batch is mostly info tokens),
-            results are 0, gradients are 0, and ``hidden`` and ``targets`` may hold anything.
+        hidden: `[..., D]`, floating point: the last hidden states, after the final norm.
+        weight: `[V, D]`, floating point: the LM head.
+        targets: `[...]`, integer in [0, V).
+        bias: `[V]`, floating point, optional.
+        mask: `[...]` bool. Where False nothing is computed (an agent's batch is mostly info
+            tokens), results are 0, gradients are 0, and `hidden` and `targets` may hold anything.
         temperature: T > 0, that of sampling.
         softcap: c > 0, Gemma 2's cap on the final logits.
         chunk: tokens whose logits exist at once. None: as many as give 2**26 logits (256 MiB).
         return_entropy: also return H, in nats.
 
     Returns:
-        [...] log-probs in nats, or (log-probs, entropy); fp32, fp64 if an operand is fp64.
+        `[...]` log-probs in nats, or (log-probs, entropy); fp32, fp64 if an operand is fp64.
 
     Raises:
-        ValueError: shapes or devices do not fit, a target is outside [0, V) where ``mask`` is
-            True, or ``temperature``, ``softcap`` or ``chunk`` is not positive.
+        ValueError: shapes or devices do not fit, a target is outside [0, V) where `mask` is
+            True, or `temperature`, `softcap` or `chunk` is not positive.
         TypeError: a dtype is of the wrong kind.
 
-    Source: the definitions; soft cap: Gemma 2, arXiv:2408.00118, section 2.
+    Source: the definitions; soft cap: Gemma 2, arXiv 2408.00118, section 2.
 
-    >>> import torch
     >>> hidden = torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])
     >>> head = torch.tensor([[0.0, 0.0], [2.0, 0.0]]).log1p()  # logits 0 and log 3
     >>> keep = torch.tensor([True, False])
@@ -245,7 +242,7 @@ def token_log_probs(
     device = hidden.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if chunk is None:
-        chunk = max(1, _LOGITS_BUDGET // size)
+        chunk = max(1, LOGITS_BUDGET // size)
     with torch.autocast(device, enabled=False):
         log_probs, entropy = _TokenLogProbs.apply(
             rows, weight, bias, flat_targets, temperature, softcap, chunk, low, return_entropy

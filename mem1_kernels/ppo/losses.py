@@ -1,10 +1,10 @@
 """Clipped policy and value losses, KL estimates and importance weights.
 
-Every loss is a sum over the generated tokens divided by an explicit ``denominator``, so that the
-micro-batches of one optimizer step add up to the loss of the undivided batch (see
-:func:`~mem1_kernels.ppo.masked.masked_mean`, which also turns per-token entropies and KL estimates
-into terms of the loss). Log-probs are in nats. Old log-probs, advantages, returns, old values and
-weights are constants: no gradient flows into them.
+Every loss is a sum over the generated tokens divided by an explicit `denominator`, so that the
+micro-batches of one optimizer step add up to the loss of the undivided batch (see `masked_mean`,
+which also turns per-token entropies and KL estimates into terms of the loss). Log-probs are in
+nats. Old log-probs, advantages, returns, old values and weights are constants: no gradient flows
+into them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .masked import check_denominator, check_like_mask, live
+from mem1_kernels.ppo.masked import check_denominator, check_like_mask, live
 
 __all__ = ["kl_estimate", "policy_loss", "truncated_importance_weights", "value_loss"]
 
@@ -40,36 +40,34 @@ def policy_loss(
     dual_clip: float | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    r"""PPO's clipped surrogate, to be minimised.
+    """PPO's clipped surrogate, to be minimised.
 
-    .. math:: \frac{1}{N} \sum_i w_i \max(-r_i A_i,\; -\mathrm{clip}(r_i, 1-\epsilon, 1+\epsilon)
-        A_i), \qquad r_i = e^{\log \pi(i) - \log \pi_{old}(i)}
+        1/N sum_i w_i max(-r_i A_i, -clamp(r_i, 1 - clip, 1 + clip) A_i)
 
-    With ``dual_clip`` = c, a token with :math:`A_i < 0` costs at most :math:`-c A_i`, so that one
-    whose probability has grown a lot cannot rule the step. A log-ratio is cut off at +-20, and has
-    no gradient there.
+    with r_i = pi(i) / pi_old(i). With `dual_clip` = c, a token with A_i < 0 costs at most -c A_i,
+    so that one whose probability has grown a lot cannot rule the step. A log-ratio is cut off at
+    +-20, and has no gradient there.
 
     Args:
-        log_probs: [...], floating point, of the current policy; takes the gradient.
-        old_log_probs: [...], floating point, of the policy that the update started from.
-        advantages: [...], floating point.
-        mask: [...] bool, True for generated tokens.
+        log_probs: `[...]`, floating point, of the current policy; takes the gradient.
+        old_log_probs: `[...]`, floating point, of the policy that the update started from.
+        advantages: `[...]`, floating point.
+        mask: `[...]` bool, True for generated tokens.
         denominator: N > 0, the generated tokens of the whole optimizer step.
-        clip: epsilon, in (0, 1).
+        clip: in (0, 1).
         dual_clip: c > 1, or None.
-        weights: [...], floating point >= 0, one factor a token, such as
-            :func:`truncated_importance_weights`; None: 1.
+        weights: `[...]`, floating point >= 0, one factor a token, such as
+            `truncated_importance_weights`; None: 1.
 
     Returns:
         0-d tensor, fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: shapes differ, or ``denominator``, ``clip`` or ``dual_clip`` is out of range.
-        TypeError: ``mask`` is not bool, or another tensor is not floating point.
+        ValueError: shapes differ, or `denominator`, `clip` or `dual_clip` is out of range.
+        TypeError: `mask` is not bool, or another tensor is not floating point.
 
-    Source: Schulman et al., arXiv:1707.06347, eq. 7; dual clip: Ye et al., arXiv:1912.09729.
+    Source: Schulman et al., arXiv 1707.06347, eq. 7; dual clip: Ye et al., arXiv 1912.09729.
 
-    >>> import torch
     >>> new, old = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.25, 0.3, 0.8]).log()
     >>> advantages = torch.tensor([1.0, 1.0, float("nan")])
     >>> policy_loss(new, old, advantages, torch.tensor([True, True, False]), denominator=2)
@@ -104,29 +102,27 @@ def value_loss(
     denominator: float,
     clip: float | None = 0.5,
 ) -> Tensor:
-    r"""Squared error of the critic, the larger of the plain one and the one of the clipped value.
+    """Squared error of the critic, the larger of the plain one and the one of the clipped value.
 
-    .. math:: \frac{1}{2N} \sum_i \max((V_i - R_i)^2,\;
-        (V^{old}_i + \mathrm{clip}(V_i - V^{old}_i, -\epsilon, \epsilon) - R_i)^2)
+        1/(2N) sum_i max((V_i - R_i)^2, (V_old_i + clamp(V_i - V_old_i, -clip, clip) - R_i)^2)
 
     Args:
-        values: [...], floating point, of the current critic; takes the gradient.
-        old_values: [...], floating point, of the critic that made the advantages.
-        returns: [...], floating point.
-        mask: [...] bool, True for generated tokens.
+        values: `[...]`, floating point, of the current critic; takes the gradient.
+        old_values: `[...]`, floating point, of the critic that made the advantages.
+        returns: `[...]`, floating point.
+        mask: `[...]` bool, True for generated tokens.
         denominator: N > 0, the generated tokens of the whole optimizer step.
-        clip: epsilon > 0, in units of the value; None: no clipping.
+        clip: > 0, in units of the value; None: no clipping.
 
     Returns:
         0-d tensor, fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: shapes differ, or ``denominator`` or ``clip`` is not positive.
-        TypeError: ``mask`` is not bool, or another tensor is not floating point.
+        ValueError: shapes differ, or `denominator` or `clip` is not positive.
+        TypeError: `mask` is not bool, or another tensor is not floating point.
 
-    Source: OpenAI baselines, ``ppo2``; the clip of 0.5 is MEM1's.
+    Source: OpenAI baselines, `ppo2`; the clip of 0.5 is MEM1's.
 
-    >>> import torch
     >>> one = torch.ones(1)
     >>> value_loss(2 * one, 0 * one, 2 * one, one.bool(), denominator=1)  # clipped to 0.5
     tensor(1.1250)
@@ -149,31 +145,29 @@ def kl_estimate(
     *,
     kind: Literal["k1", "k2", "k3"] = "k3",
 ) -> Tensor:
-    r"""Per-token estimate of KL(pi || ref) from one sample of pi.
+    """Per-token estimate of KL(pi || ref) from one sample of pi.
 
-    .. math:: d = \log \pi - \log ref: \qquad k_1 = d, \qquad k_2 = d^2 / 2, \qquad
-        k_3 = e^{-d} - 1 + d
+        d = log pi - log ref:  k1 = d;  k2 = d^2 / 2;  k3 = exp(-d) - 1 + d
 
     k1 is unbiased and may be negative; k3 is unbiased, never negative and varies less; k2 is
     biased, but its *gradient* is an unbiased estimate of the KL's, which k1's (zero on average)
     and k3's are not. In k3, d is cut off at -20, and has no gradient there.
 
     Args:
-        log_probs: [...], floating point, of pi, which the tokens were sampled from.
-        ref_log_probs: [...], floating point, of the reference.
-        mask: [...] bool, True for generated tokens.
+        log_probs: `[...]`, floating point, of pi, which the tokens were sampled from.
+        ref_log_probs: `[...]`, floating point, of the reference.
+        mask: `[...]` bool, True for generated tokens.
         kind: the estimator.
 
     Returns:
-        [...], fp32 (fp64 for fp64), 0 where ``mask`` is False. Gradients reach both inputs.
+        `[...]`, fp32 (fp64 for fp64), 0 where `mask` is False. Gradients reach both inputs.
 
     Raises:
-        ValueError: shapes differ, or ``kind`` is unknown.
-        TypeError: ``mask`` is not bool, or another tensor is not floating point.
+        ValueError: shapes differ, or `kind` is unknown.
+        TypeError: `mask` is not bool, or another tensor is not floating point.
 
     Source: Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html
 
-    >>> import torch
     >>> d = torch.tensor([0.5, -0.5])
     >>> kl_estimate(d, torch.zeros(2), torch.ones(2, dtype=torch.bool), kind="k3")
     tensor([0.1065, 0.1487])
@@ -194,27 +188,26 @@ def kl_estimate(
 def truncated_importance_weights(
     old_log_probs: Tensor, behaviour_log_probs: Tensor, mask: Tensor, *, cap: float = 2.0
 ) -> Tensor:
-    r"""Weights for tokens that another engine sampled, with slightly other log-probs than ours.
+    """Weights for tokens that another engine sampled, with slightly other log-probs than ours.
 
-    .. math:: w_i = \min(e^{\log \pi_{old}(i) - \log \mu(i)},\; C)
+        w_i = min(pi_old(i) / mu(i), cap)
 
     Args:
-        old_log_probs: [...], floating point, of the trainer's policy before the update.
-        behaviour_log_probs: [...], floating point, of the engine at sampling.
-        mask: [...] bool, True for generated tokens.
-        cap: C > 0.
+        old_log_probs: `[...]`, floating point, of the trainer's policy before the update.
+        behaviour_log_probs: `[...]`, floating point, of the engine at sampling.
+        mask: `[...]` bool, True for generated tokens.
+        cap: > 0.
 
     Returns:
-        [...], fp32 (fp64 for fp64), 0 where ``mask`` is False, without gradient.
+        `[...]`, fp32 (fp64 for fp64), 0 where `mask` is False, without gradient.
 
     Raises:
-        ValueError: shapes differ, or ``cap`` is not positive.
-        TypeError: ``mask`` is not bool, or another tensor is not floating point.
+        ValueError: shapes differ, or `cap` is not positive.
+        TypeError: `mask` is not bool, or another tensor is not floating point.
 
     Source: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training",
     2025; Ionides, "Truncated Importance Sampling", 2008.
 
-    >>> import torch
     >>> old, behaviour = torch.tensor([0.2, 0.9, 0.5]).log(), torch.tensor([0.4, 0.1, 0.5]).log()
     >>> truncated_importance_weights(old, behaviour, torch.tensor([True, True, False]))
     tensor([0.5000, 2.0000, 0.0000])
@@ -226,6 +219,6 @@ def truncated_importance_weights(
 
 
 def check_clip(clip: float) -> None:
-    """Raise unless ``clip`` is in (0, 1)."""
+    """Raise unless `clip` is in (0, 1)."""
     if not 0 < clip < 1:
         raise ValueError(f"clip: expected a number between 0 and 1, got {clip}")

@@ -17,12 +17,12 @@ from torch import Tensor
 __all__ = ["AllReduce", "masked_mean", "whiten"]
 
 AllReduce = Callable[[Tensor], "Tensor | None"]
-"""Sums a tensor over processes, in place or by returning the sum: ``torch.distributed.all_reduce``
-or ``lambda x: accelerator.reduce(x, "sum")``."""
+"""Sums a tensor over processes, in place or by returning the sum: `torch.distributed.all_reduce`
+or `lambda x: accelerator.reduce(x, "sum")`."""
 
 
 def check_like_mask(mask: Tensor, **tensors: Tensor | None) -> None:
-    """Raise unless ``mask`` is boolean and every given float tensor has its shape and device."""
+    """Raise unless `mask` is boolean and every given float tensor has its shape and device."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
     for name, tensor in tensors.items():
@@ -41,7 +41,7 @@ def check_like_mask(mask: Tensor, **tensors: Tensor | None) -> None:
 
 
 def live(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` in fp32 (fp64 stays fp64), zero and without gradient where ``mask`` is False."""
+    """`x` in fp32 (fp64 stays fp64), zero and without gradient where `mask` is False."""
     return x.to(wide(x.dtype)).masked_fill(~mask, 0.0)
 
 
@@ -51,7 +51,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_scores(scores: Tensor) -> None:
-    """Raise unless ``scores`` is a non-empty float vector, one entry a trajectory."""
+    """Raise unless `scores` is a non-empty float vector, one entry a trajectory."""
     if not scores.is_floating_point():
         raise TypeError(f"scores: expected a floating point tensor, got {scores.dtype}")
     if scores.dim() != 1 or len(scores) == 0:
@@ -59,9 +59,9 @@ def check_scores(scores: Tensor) -> None:
 
 
 def masked_mean(x: Tensor, mask: Tensor, *, denominator: float | None = None) -> Tensor:
-    r"""Sum over the generated tokens, divided by an explicit count.
+    """Sum over the generated tokens, divided by an explicit count.
 
-    .. math:: \frac{1}{N} \sum_{i \in \text{mask}} x_i
+        1/N sum_{i in mask} x_i
 
     With gradient accumulation, N is the number of generated tokens in the *whole* optimizer step,
     not in the micro-batch; then the micro-batches' results add up to the value of the undivided
@@ -69,21 +69,20 @@ def masked_mean(x: Tensor, mask: Tensor, *, denominator: float | None = None) ->
     count over all processes divided by the number of processes.
 
     Args:
-        x: [...], floating point; computed in fp32 (fp64 stays fp64).
-        mask: [...] bool, True for generated tokens.
-        denominator: N > 0. None: the number of True entries in ``mask``.
+        x: `[...]`, floating point; computed in fp32 (fp64 stays fp64).
+        mask: `[...]` bool, True for generated tokens.
+        denominator: N > 0. None: the number of True entries in `mask`.
 
     Returns:
         0-d tensor. With an explicit denominator an empty mask gives 0 with zero gradients.
 
     Raises:
-        ValueError: shapes differ; the mask is empty and ``denominator`` is None;
-            ``denominator`` is not positive and finite.
-        TypeError: ``mask`` is not bool, or ``x`` is not floating point.
+        ValueError: shapes differ; the mask is empty and `denominator` is None;
+            `denominator` is not positive and finite.
+        TypeError: `mask` is not bool, or `x` is not floating point.
 
-    Source: the token-level mean of DAPO (arXiv:2503.14476, eq. 8), with the count made explicit.
+    Source: the token-level mean of DAPO (arXiv 2503.14476, eq. 8), with the count made explicit.
 
-    >>> import torch
     >>> entropy = torch.tensor([1.0, float("nan"), 3.0])
     >>> generated = torch.tensor([True, False, True])
     >>> masked_mean(entropy, generated)
@@ -108,7 +107,7 @@ def check_denominator(denominator: float) -> float:
     return value
 
 
-def moments(x: Tensor, mask: Tensor, all_reduce: AllReduce | None) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, mask: Tensor, all_reduce: AllReduce | None = None) -> tuple[Tensor, Tensor]:
     """Mean and population variance over the mask, in fp64, over all processes; two passes."""
 
     def total(t: Tensor) -> Tensor:
@@ -133,29 +132,27 @@ def whiten(
     all_reduce: AllReduce | None = None,
     eps: float = 1e-8,
 ) -> Tensor:
-    r"""Give the generated tokens mean 0 and standard deviation 1.
+    """Give the generated tokens mean 0 and standard deviation 1.
 
-    .. math:: y_i = (x_i - \mu) / \sqrt{\sigma^2 + \epsilon},
-        \qquad \mu, \sigma^2 \text{ over the mask, } \sigma^2 \text{ the population variance}
+        y_i = (x_i - mean) / sqrt(variance + eps), both over the mask, the population's variance
 
     Args:
-        x: [...], floating point.
-        mask: [...] bool, True for generated tokens.
-        shift_mean: False keeps the mean: ``y = (x - mu) / std + mu`` (for rewards).
+        x: `[...]`, floating point.
+        mask: `[...]` bool, True for generated tokens.
+        shift_mean: False keeps the mean: `y = (x - mean) / std + mean` (for rewards).
         all_reduce: sums a tensor over processes, so that all of them whiten by the same figures;
             every process must call. None: this process only.
         eps: added to the variance.
 
     Returns:
-        [...], fp32 (fp64 for fp64), 0 where ``mask`` is False, without gradient.
+        `[...]`, fp32 (fp64 for fp64), 0 where `mask` is False, without gradient.
 
     Raises:
         ValueError: shapes differ, or the mask is empty in all processes.
-        TypeError: ``mask`` is not bool, or ``x`` is not floating point.
+        TypeError: `mask` is not bool, or `x` is not floating point.
 
-    Source: Andrychowicz et al., arXiv:2006.05990, choice C67.
+    Source: Andrychowicz et al., arXiv 2006.05990, choice C67.
 
-    >>> import torch
     >>> x = torch.tensor([1.0, float("inf"), 3.0])
     >>> whiten(x, torch.tensor([True, False, True]))
     tensor([-1.,  0.,  1.])

@@ -10,8 +10,7 @@ import argparse
 from typing import Any
 
 from mem1_kernels.ppo.config import Config, read_config
-
-LOGITS = 2**28  # bytes of fp32 logits that token_log_probs holds at once
+from mem1_kernels.ppo.logprobs import LOGITS_BUDGET
 
 
 def memory_budget(
@@ -69,7 +68,7 @@ def memory_budget(
         "layers gathered for a pass": computed * (2 * layer + outside),
         "their gradients": 0 if config.lora_rank else computed * (layer + outside) + 4 * head,
         "activations of a row": kept + working,
-        "chunk of logits": 3 * LOGITS,
+        "chunk of logits": 3 * 4 * LOGITS_BUDGET,  # fp32, and what is computed from them
         "KV cache of the rollout": cache * config.rollout_batch * peak_context,
     }
     if processes == 1:

@@ -5,43 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .losses import check_clip, kl_estimate, ratio_to
-from .masked import AllReduce, check_like_mask, live, masked_mean, moments
+from mem1_kernels.ppo.losses import check_clip, kl_estimate, ratio_to
+from mem1_kernels.ppo.masked import check_like_mask, live, masked_mean, moments
 
 __all__ = ["approx_kl", "clip_fraction", "explained_variance", "log_prob_gap"]
 
 
 @torch.no_grad()
-def explained_variance(
-    values: Tensor, returns: Tensor, mask: Tensor, *, all_reduce: AllReduce | None = None
-) -> Tensor:
-    r"""How much of the returns' variance the critic explains: 1 all, 0 none, below 0 worse than a
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """How much of the returns' variance the critic explains: 1 all, 0 none, below 0 worse than a
     constant.
 
-    .. math:: 1 - \mathrm{Var}[R - V] / \mathrm{Var}[R]
+        1 - Var[R - V] / Var[R]
 
     Args:
-        values, returns: [...], floating point.
-        mask: [...] bool, True for generated tokens.
-        all_reduce: sums a tensor over processes. None: this process only.
+        values, returns: `[...]`, floating point.
+        mask: `[...]` bool, True for generated tokens.
 
     Returns:
         0-d fp64 tensor; NaN if all returns are equal, as then there is nothing to explain.
 
     Raises:
-        ValueError: shapes differ, or the mask is empty in all processes.
-        TypeError: ``mask`` is not bool, or another argument is not floating point.
+        ValueError: shapes differ, or the mask is empty.
+        TypeError: `mask` is not bool, or another argument is not floating point.
 
-    Source: the statistic ``explained_variance`` of OpenAI baselines.
+    Source: the statistic `explained_variance` of OpenAI baselines.
 
-    >>> import torch
     >>> returns = torch.tensor([0.0, 2.0, 4.0])
     >>> round(float(explained_variance(returns * 0.5, returns, torch.ones(3, dtype=torch.bool))), 6)
     0.75
     """
     check_like_mask(mask, values=values, returns=returns)
-    _, unexplained = moments(returns.double() - values.double(), mask, all_reduce)
-    _, variance = moments(returns, mask, all_reduce)
+    _, unexplained = moments(returns.double() - values.double(), mask)
+    _, variance = moments(returns, mask)
     return torch.where(variance > 0, 1 - unexplained / variance, torch.nan)
 
 
@@ -55,26 +51,25 @@ def clip_fraction(
     clip: float = 0.2,
     denominator: float | None = None,
 ) -> Tensor:
-    """Share of the generated tokens that the clip of :func:`policy_loss` leaves without gradient:
+    """Share of the generated tokens that the clip of `policy_loss` leaves without gradient:
     the ratio is above 1 + clip with a positive advantage, or below 1 - clip with a negative one.
 
     Args:
-        log_probs, old_log_probs, advantages: [...], floating point.
-        mask: [...] bool, True for generated tokens.
-        clip: epsilon, in (0, 1).
-        denominator: as in :func:`~mem1_kernels.ppo.masked.masked_mean`.
+        log_probs, old_log_probs, advantages: `[...]`, floating point.
+        mask: `[...]` bool, True for generated tokens.
+        clip: in (0, 1).
+        denominator: as in `masked_mean`.
 
     Returns:
         0-d tensor in [0, 1].
 
     Raises:
-        ValueError: shapes differ, ``clip`` is out of range, or the mask is empty and
-            ``denominator`` is None.
-        TypeError: ``mask`` is not bool, or another tensor is not floating point.
+        ValueError: shapes differ, `clip` is out of range, or the mask is empty and
+            `denominator` is None.
+        TypeError: `mask` is not bool, or another tensor is not floating point.
 
-    Source: the derivative of eq. 7 of arXiv:1707.06347.
+    Source: the derivative of eq. 7 of arXiv 1707.06347.
 
-    >>> import torch
     >>> new, old = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.25]).log()
     >>> clip_fraction(new, old, torch.tensor([1.0, -1.0]), torch.ones(2, dtype=torch.bool))
     tensor(0.5000)
@@ -90,25 +85,24 @@ def clip_fraction(
 def approx_kl(
     log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, *, denominator: float | None = None
 ) -> Tensor:
-    r"""How far the update has moved: mean k3 estimate of KL(pi_old || pi), tokens being pi_old's.
+    """How far the update has moved: mean k3 estimate of KL(pi_old || pi), tokens being pi_old's.
 
-    .. math:: \frac{1}{N} \sum_i (r_i - 1) - \log r_i, \qquad r_i = \pi(i) / \pi_{old}(i)
+        1/N sum_i (r_i - 1 - log r_i), r_i = pi(i) / pi_old(i)
 
     Args:
-        log_probs, old_log_probs: [...], floating point.
-        mask: [...] bool, True for generated tokens.
-        denominator: as in :func:`~mem1_kernels.ppo.masked.masked_mean`.
+        log_probs, old_log_probs: `[...]`, floating point.
+        mask: `[...]` bool, True for generated tokens.
+        denominator: as in `masked_mean`.
 
     Returns:
         0-d tensor >= 0, in nats a token.
 
     Raises:
-        ValueError: shapes differ, or the mask is empty and ``denominator`` is None.
-        TypeError: ``mask`` is not bool, or another tensor is not floating point.
+        ValueError: shapes differ, or the mask is empty and `denominator` is None.
+        TypeError: `mask` is not bool, or another tensor is not floating point.
 
     Source: Schulman, "Approximating KL Divergence", 2020.
 
-    >>> import torch
     >>> approx_kl(torch.tensor([0.5]), torch.zeros(1), torch.tensor([True]))
     tensor(0.1487)
     """
@@ -118,22 +112,21 @@ def approx_kl(
 
 @torch.no_grad()
 def log_prob_gap(a: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest and mean \\|a - b\\| over the generated tokens: rollout against trainer.
+    """Largest and mean |a - b| over the generated tokens: rollout against trainer.
 
     Args:
-        a, b: [...], floating point log-probs of the same tokens.
-        mask: [...] bool, True for generated tokens.
+        a, b: `[...]`, floating point log-probs of the same tokens.
+        mask: `[...]` bool, True for generated tokens.
 
     Returns:
         (largest, mean), 0-d tensors in nats; NaN if a generated token's log-prob is NaN.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
-        TypeError: ``mask`` is not bool, or another tensor is not floating point.
+        TypeError: `mask` is not bool, or another tensor is not floating point.
 
     Source: none needed.
 
-    >>> import torch
     >>> log_prob_gap(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]), torch.ones(2).bool())
     (tensor(0.5000), tensor(0.2500))
     """
