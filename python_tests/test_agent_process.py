@@ -362,7 +362,8 @@ def test_two_customers_in_one_shop(monkeypatch, make_agent, tokenizer):
     for goal in goals:
         clicks = [goal.product.asin, *goal.options.values(), "Buy Now"]
         actions = [f"search[{goal.product.title}]", *(f"click[{name}]" for name in clicks)]
-        rows.append([f"<summary>On.</summary><answer>{action}</answer>" for action in actions])
+        before = "<think>On.</think><summary>None.</summary>"
+        rows.append([f"{before}<answer>{action}</answer>" for action in actions])
     Script(monkeypatch, tokenizer, *rows)
     agent = make_agent(environment=WebShop(ShopSite(shop)), workers=2, max_new_tokens=400)
     results = agent.run(goals, max_turns=9)
