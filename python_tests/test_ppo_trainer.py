@@ -630,18 +630,32 @@ ERRORS = {
     "algorithm: expected one of": {"algorithm": "sarsa"},
     "steps: expected at least 0, got -1": {"steps": -1},
     "lr: expected a positive number, got 0": {"lr": 0.0},
-    "sizes: expected numbers >= 1": {"sizes": ()},
-    "group_size: grpo needs at least 2": {"algorithm": "grpo"},
+    "kl_coef: expected at least 0, got nan": {"kl_coef": float("nan")},
+    "rollout_batch: expected at least 1, got 0": {"rollout_batch": 0},
+    "clip: expected a number between 0 and 1, got 1.0": {"clip": 1.0},
+    "dual_clip: expected 0 or a number above 1, got 1.0": {"dual_clip": 1.0},
+    "dual_clip: expected 0 or a number above 1, got -2.0": {"dual_clip": -2.0},
+    "gamma: expected a number in [0, 1], got 1.5": {"gamma": 1.5},
+    "lam: expected a number in [0, 1], got -0.1": {"lam": -0.1},
+    "sft_keep: expected a number in [0, 1], got nan": {"sft_keep": float("nan")},
+    "sizes: expected whole numbers >= 1, got ()": {"sizes": ()},
+    "eval_sizes: expected whole numbers >= 1, got (2, 0.5)": {"eval_sizes": (2, 0.5)},
+    "group_size: expected at least 2 for grpo, got 1": {"algorithm": "grpo"},
     "minibatch: expected a multiple of group_size 3": {"group_size": 3, "episodes": 6},
-    "kl_in: rloo scores whole episodes": {
+    "kl_in: expected 'loss' for rloo": {
         "algorithm": "rloo",
         "group_size": 2,
         "kl_in": "reward",
     },
-    "sft_jump: re-prefilled positions are compact": {"positions": "reprefill", "sft_jump": 1},
+    "sft_jump: expected 0 for compact (re-prefilled) positions, got 1": {
+        "positions": "reprefill",
+        "sft_jump": 1,
+    },
     "sft_steps: expected at least 1 to learn": {"transcripts": "x.jsonl"},
-    "data, corpus: task 'qa' needs both": {"task": "qa"},
+    "data, corpus: expected both for task 'qa', got '' and 'x'": {"task": "qa", "corpus": "x"},
+    "model: expected one with a tokenizer for task 'factbook', got 'tiny'": {"task": "factbook"},
     "retention: expected 'mem1', 'keep_all' or": {"retention": "keep_some"},
+    "or 'keep_last(n)', got 'keep_last(0)'": {"retention": "keep_last(0)"},
 }
 
 
@@ -649,6 +663,16 @@ ERRORS = {
 def test_option_errors(message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Config(**ERRORS[message])
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.type in ("int", "float")])
+def test_every_number_has_a_range(name):
+    if name == "seed":
+        assert Config(seed=-1).seed == -1
+        return
+    for value in (-1, float("nan")):
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}"):
+            Config(**{name: value})
 
 
 def test_file_errors(tmp_path):
@@ -664,8 +688,6 @@ def test_file_errors(tmp_path):
 
 
 def test_errors_of_a_run(tmp_path):
-    with pytest.raises(ValueError, match="model: 'tiny' knows token ids only"):
-        make_policy(small(tmp_path, task="factbook"))
     config = small(tmp_path)
     world = replace(make_world(config), demonstrate=None)
     with pytest.raises(ValueError, match="transcripts: this task has no teacher"):

@@ -117,29 +117,32 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
-        least = {"steps": 0, "episodes": 1, "group_size": 1, "epochs": 1, "minibatch": 1}
-        least |= {"token_budget": 1, "rollout_batch": 1, "max_turns": 1, "max_new_tokens": 1}
-        least |= {"sft_steps": 0, "sft_batch": 1, "sft_jump": 0, "lora_rank": 0, "warmup": 0}
-        least |= {"save_every": 0, "eval_every": 0, "keep_checkpoints": 1, "eval_episodes": 1}
-        least |= {"kl_coef": 0, "entropy_coef": 0, "importance_cap": 0, "log_prob_tolerance": 0}
-        least |= {
-            "value_clip": 0,
-            "dual_clip": 0,
-            "eval_temperature": 0,
-            "topk": 1,
-            "max_info_tokens": 1,
-        }
+        counts = "episodes group_size epochs minibatch token_budget rollout_batch sft_batch topk"
+        counts += " max_turns max_new_tokens max_info_tokens keep_checkpoints eval_episodes"
+        or_none = "steps sft_steps sft_jump lora_rank warmup save_every eval_every kl_coef"
+        or_none += " entropy_coef value_clip importance_cap log_prob_tolerance eval_temperature"
+        least = dict.fromkeys(counts.split(), 1) | dict.fromkeys(or_none.split(), 0)
         for name, low in least.items():
-            if getattr(self, name) < low:
+            if not getattr(self, name) >= low:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
         for name in ("lr", "critic_lr", "sft_lr", "max_grad_norm", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("gamma", "lam", "sft_keep"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.clip < 1:
+            raise ValueError(f"clip: expected a number between 0 and 1, got {self.clip}")
+        if self.dual_clip and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip: expected 0 or a number above 1, got {self.dual_clip}")
         for name in ("sizes", "eval_sizes"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name}: expected numbers >= 1, got {getattr(self, name)}")
+            sizes = getattr(self, name)
+            if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
+                raise ValueError(f"{name}: expected whole numbers >= 1, got {sizes}")
         if self.algorithm in ("grpo", "rloo") and self.group_size < 2:
-            raise ValueError(f"group_size: {self.algorithm} needs at least 2, got 1")
+            raise ValueError(
+                f"group_size: expected at least 2 for {self.algorithm}, got {self.group_size}"
+            )
         for name in ("episodes", "minibatch"):
             if getattr(self, name) % self.group_size:
                 raise ValueError(
@@ -147,13 +150,25 @@ class Config:
                     f"got {getattr(self, name)}"
                 )
         if self.kl_in == "reward" and self.algorithm in ("grpo", "rloo"):
-            raise ValueError(f"kl_in: {self.algorithm} scores whole episodes; expected 'loss'")
+            raise ValueError(
+                f"kl_in: expected 'loss' for {self.algorithm}, which scores whole episodes, "
+                "got 'reward'"
+            )
         if self.sft_jump and self.positions == "reprefill":
-            raise ValueError("sft_jump: re-prefilled positions are compact; expected 0")
+            raise ValueError(
+                f"sft_jump: expected 0 for compact (re-prefilled) positions, got {self.sft_jump}"
+            )
         if self.transcripts and not self.sft_steps:
             raise ValueError("sft_steps: expected at least 1 to learn from transcripts, got 0")
         if self.task == "qa" and not (self.data and self.corpus):
-            raise ValueError("data, corpus: task 'qa' needs both")
+            raise ValueError(
+                f"data, corpus: expected both for task 'qa', got {self.data!r} and {self.corpus!r}"
+            )
+        if self.model == "tiny" and self.task not in ("chain", "lookup"):
+            raise ValueError(
+                f"model: expected one with a tokenizer for task {self.task!r}, "
+                "got 'tiny', which knows token ids only"
+            )
         retention_of(self.retention)
 
 
@@ -166,7 +181,7 @@ def retention_of(name: str) -> Retention:
     named = {"mem1": mem1, "keep_all": keep_all}
     if name in named:
         return named[name]
-    number = re.fullmatch(r"keep_last\((\d+)\)", name)
+    number = re.fullmatch(r"keep_last\(([1-9]\d*)\)", name)
     if number is None:
         raise ValueError(f"retention: expected 'mem1', 'keep_all' or 'keep_last(n)', got {name!r}")
     return keep_last(int(number.group(1)))
