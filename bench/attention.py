@@ -8,7 +8,9 @@ products), backward 2.5 times that (five). A peer that can only be causal (it co
 function, and more of it) is credited with its own causal pairs, so that TFLOP/s compare.
 
 Passes: `plan` (ours: BlockPlan.from_expiry; FlexAttention: create_block_mask), `forward` with the
-plan made beforehand, `backward` alone. `over_ours` is the peer's time over ours in the same rounds.
+plan made beforehand, `backward` alone, and `all` three in one, as the first layer of a step pays
+them; a plan serves all layers of a step, so its share of a deep model lies between the two.
+`over_ours` is the peer's time over ours in the same rounds.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -79,7 +81,7 @@ LAYOUTS: dict[str, Callable[[int], Tensor]] = {
 
 @dataclass
 class Case:
-    """One layout's tensors: `[batch, tokens, heads, head_dim]` and their transposes' leaves."""
+    """One layout's inputs, leaves of autograd: `[batch, tokens, heads, head_dim]`."""
 
     query: Tensor
     key: Tensor
@@ -138,7 +140,7 @@ def sdpa_causal(case: Case, backend: str) -> Forward:
 
 def flex(case: Case) -> Forward:
     block_mask = flex_plan(case)
-    attention = torch.compile(importlib.import_module(FLEX).flex_attention)
+    attention = compiled("flex_attention")
     heads_first = [x.transpose(1, 2) for x in (case.query, case.key, case.value)]
     if case.query.device.type == "cpu":  # FlexAttention on the CPU is forward only
         heads_first = [x.detach() for x in heads_first]
@@ -150,7 +152,11 @@ def flex(case: Case) -> Forward:
     return run
 
 
-FLEX = "torch.nn.attention.flex_attention"
+@cache
+def compiled(name: str) -> Callable[..., Any]:
+    return torch.compile(
+        getattr(importlib.import_module("torch.nn.attention.flex_attention"), name)
+    )
 
 
 def flex_plan(case: Case) -> Any:
@@ -160,8 +166,8 @@ def flex_plan(case: Case) -> Any:
         return (k <= q) & (q < expiry[k])
 
     tokens, device = len(expiry), str(expiry.device)
-    make = importlib.import_module(FLEX).create_block_mask
-    return torch.compile(make)(mask_mod, None, None, tokens, tokens, device=device)
+    make = compiled("create_block_mask")
+    return make(mask_mod, None, None, tokens, tokens, device=device)
 
 
 def flash_attn_causal(case: Case, module: str) -> Forward:
@@ -213,6 +219,20 @@ def backward_of(run: Forward, case: Case) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(out, leaves, case.grad_out, retain_graph=True)
 
 
+def whole_steps(case: Case, runs: dict[str, Forward], device: str) -> dict[str, Callable[[], Any]]:
+    """Plan, forward and backward of each implementation that has a backward."""
+    leaves = (case.query, case.key, case.value)
+    plans: dict[str, Callable[[Case], Forward]] = {"ours": ours}
+    if device == "cuda":
+        plans["flex"] = flex
+
+    def step(name: str) -> Callable[[], Any]:
+        make = plans.get(name, lambda case: runs[name])
+        return lambda: torch.autograd.grad(make(case)(), leaves, case.grad_out)
+
+    return {name: step(name) for name in runs if name != "flex" or device == "cuda"}
+
+
 def bench_case(case: Case, passes: list[str], peers: list[str], options: dict) -> list[dict]:
     device = options["device"]
     runs: dict[str, Forward] = {"ours": ours(case)}
@@ -258,6 +278,8 @@ def bench_case(case: Case, passes: list[str], peers: list[str], options: dict) -
                 rows.append({"pass": "backward", "implementation": name, "skipped": why})
                 backwards.pop(name, None)
         record("backward", 10, measure(backwards, **timing))
+    if "all" in passes:
+        record("all", 14, measure(whole_steps(case, runs, device), **timing))
     return rows
 
 
@@ -278,7 +300,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
-    passes = ["plan", "forward", "backward"]
+    passes = ["plan", "forward", "backward", "all"]
     parser.add_argument("--passes", nargs="+", choices=passes, default=passes)
     parser.add_argument(
         "--peers", nargs="*", default=None, help="of: " + ", ".join(PEERS["cuda"]) + "; default all"
@@ -303,6 +325,8 @@ def main() -> None:
     for dtype in options.dtypes:
         for tokens in options.tokens:
             for layout in options.layouts:
+                # FlexAttention compiles for each; past a limit it would go on uncompiled.
+                torch._dynamo.reset()
                 case = make_case(LAYOUTS[layout](tokens), getattr(torch, dtype), options)
                 for row in bench_case(case, options.passes, peers, vars(options)):
                     shape = ("batch", "heads", "kv_heads", "head_dim")

@@ -28,7 +28,7 @@ of lengths costs).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,8 +177,7 @@ PRUNE_COLUMNS = [
 ]  # fmt: skip
 
 
-def run_prune(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def run_prune(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     print_row({name: name for name in PRUNE_COLUMNS}, PRUNE_COLUMNS)
     for model in args.models:
         for kind in ("mem1", "all move"):
@@ -186,9 +185,8 @@ def run_prune(args: argparse.Namespace) -> list[dict[str, Any]]:
                 for survivors in args.survivors:
                     row = prune_row(model, kind, batch, survivors, args)
                     if row is not None:
-                        rows.append({"part": "prune", **row})
                         print_row(row, PRUNE_COLUMNS)
-    return rows
+                        yield {"part": "prune", **row}
 
 
 PAGED_COLUMNS = ["model", "batch", "tokens", "dropped", "pages_freed", "paged_ms", "dense_moves_ms"]
@@ -246,18 +244,16 @@ def paged_row(
     }
 
 
-def run_paged(args: argparse.Namespace) -> list[dict[str, Any]]:
+def run_paged(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """`dense_moves_ms`: a plain copy of as many bytes as a dense row's hole filling would move."""
-    rows = []
     print_row({name: name for name in PAGED_COLUMNS}, PAGED_COLUMNS)
     for model in args.models:
         for batch in args.batch:
             for dropped in (DROPPED, 4 * DROPPED, 16 * DROPPED):
                 row = paged_row(model, batch, dropped, args)
                 if row is not None:
-                    rows.append({"part": "paged", **row})
                     print_row(row, PAGED_COLUMNS)
-    return rows
+                    yield {"part": "paged", **row}
 
 
 ATTEND_COLUMNS = [
@@ -423,8 +419,7 @@ def attend_row(
     return result
 
 
-def run_attend(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def run_attend(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     print_row({name: name for name in ATTEND_COLUMNS}, ATTEND_COLUMNS)
     for model in args.models:
         for batch in args.batch:
@@ -434,12 +429,11 @@ def run_attend(args: argparse.Namespace) -> list[dict[str, Any]]:
                         continue
                     row = attend_row(model, batch, context, new_tokens, args)
                     if row is not None:
-                        rows.append({"part": "attend", **row})
                         print_row(row, ATTEND_COLUMNS)
-    return rows
+                        yield {"part": "attend", **row}
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "prune": run_prune,
     "paged": run_paged,
     "attend": run_attend,
@@ -470,9 +464,12 @@ def main() -> None:
     if args.cache_bytes is None:
         args.cache_bytes = CACHE_BYTES[args.device]
     with torch.inference_mode():
-        rows = [row for part in args.parts for row in PARTS[part](args)]
-    if args.out:
-        write_results(args.out, args.device, rows)
+        rows = []
+        for part in args.parts:
+            for row in PARTS[part](args):
+                rows.append(row)
+                if args.out:
+                    write_results(args.out, args.device, rows)
 
 
 if __name__ == "__main__":

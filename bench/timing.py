@@ -106,7 +106,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "threads": torch.get_num_threads(),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": COMMIT,
     }
     if device == "cuda":
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -143,3 +143,7 @@ def _output(*command: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
+
+
+# Of the code that runs, whatever is committed meanwhile.
+COMMIT = _output("git", "describe", "--always", "--dirty")
