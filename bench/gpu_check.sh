@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command:  bash bench/gpu_check.sh
 # Builds with CUDA, runs the GPU tests, the CUDA ops under compute-sanitizer, the kernels against
-# their peers, and a rollout; 9 minutes at most. A step that fails does not stop the next. Results go to $OUT (default: out/gpu).
+# their peers, and a rollout; 9 minutes at most. A step that fails does not stop the next.
+# Results go to $OUT (default: out/gpu).
 # PYTHON: an interpreter with a CUDA torch, the package's test dependencies and nvcc on the PATH.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,12 +25,13 @@ step() { # step NAME SECONDS COMMAND...
 
 step device 10 nvidia-smi
 MEM1_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="9.0a" MAX_JOBS=$(nproc) \
-  step build 120 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
+  step build 110 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
 step info 15 "$PYTHON" -m mem1_kernels.info
-step tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider python_tests
+step tests 120 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider python_tests
+step triton 50 "$PYTHON" -m pytest -q -x -p no:cacheprovider python_tests/test_triton_*.py
 step sanitizer 45 compute-sanitizer --error-exitcode 9 \
   "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider python_tests -k "prune and not bench"
-step attention 90 "$PYTHON" -m bench.attention --device cuda --dtypes bfloat16 --head-dim 128 \
+step attention 80 "$PYTHON" -m bench.attention --device cuda --dtypes bfloat16 --head-dim 128 \
   --heads 32 --kv-heads 8 --tokens 8192 32768 131072 --layouts qa turns1000 causal \
   --rounds 10 --seconds 1 --out "$OUT/attention.json"
 step kv_cache 40 "$PYTHON" -m bench.kv_cache --device cuda --parts prune paged \

@@ -75,14 +75,15 @@ LAST_TURNS = [12, 1, 5, 3]
 def run(model, seed: int = 0, **options) -> list[Rollout]:
     options = {"max_turns": 12, "max_new_tokens": 9, "stop_ids": [STOP], **options}
     driver = TrajectoryRollout(model, state_tokens=lambda ids: len(ids) // 2, **options)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     return driver.run(PROMPTS, World(LAST_TURNS, seed), generator=generator)
 
 
 def largest_difference(model, rollouts: list[Rollout], temperature: float = 1.0) -> float:
     layout, sampled = collate(rollouts)
     with torch.no_grad():
-        return float((score(model, layout, temperature=temperature) - sampled).abs().max())
+        scored = score(model, layout, temperature=temperature).cpu()
+    return float((scored - sampled).abs().max())
 
 
 POLICIES = {"mem1": mem1, "keep_last": keep_last(2), "keep_all": keep_all, "fold": fold}

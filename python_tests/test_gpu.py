@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from test_exactness import largest_difference, make_model
+from test_exactness import run as roll_out
 
-from mem1_kernels import BlockPlan, trajectory_attention
+from mem1_kernels import BlockPlan, fold, mem1, trajectory_attention, visible
+from mem1_kernels.hf import patched
+from mem1_kernels.ppo.config import read_config
+from mem1_kernels.ppo.trainer import train
 from mem1_kernels.testing import assert_within_budget, plain_attention, random_expiry, turns
 
 pytestmark = pytest.mark.gpu
@@ -139,3 +146,50 @@ def test_compiled_training_step_matches_eager():
         want = torch.autograd.grad(loss(*leaves, plan), leaves)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_a_patched_model_equals_the_dense_mask(family):
+    model = make_model(family).cuda()
+    layout = turns(40, 5, 12, 6, 30)
+    ids = torch.randint(0, 60, (1, layout.num_tokens), device="cuda")
+    positions = layout.position_ids[None].cuda()
+    mask = visible(layout.expiry)
+    distance = layout.position_ids[:, None] - layout.position_ids[None, :]
+    masks = {"full_attention": mask, "sliding_attention": mask & (distance < 24)}
+    masks = {kind: allowed[None, None].cuda() for kind, allowed in masks.items()}
+    dense = masks if family == "gemma3" else masks["full_attention"]
+    with torch.no_grad():
+        want = model(ids, position_ids=positions, attention_mask=dense).logits
+        with patched(model):
+            plan = BlockPlan.from_expiry(layout.expiry.cuda())
+            got = model(ids, position_ids=positions, plan=plan).logits
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+@pytest.mark.parametrize("policy", [mem1, fold])
+def test_rollout_equals_training(family, positions, policy):
+    model = make_model(family).cuda()
+    rollouts = roll_out(
+        model, positions=positions, retention=policy, depth=lambda turn: turn.number % 3
+    )
+    assert largest_difference(model, rollouts) <= 2e-5
+
+
+def test_a_run_of_the_trainer(tmp_path):
+    config = read_config(
+        Path(__file__).parents[1] / "configs" / "chain.toml",
+        out=str(tmp_path / "run"),
+        trackers="",
+        eval_every=0,
+        steps=2,
+        sft_steps=30,
+        episodes=32,
+        minibatch=16,
+        rollout_batch=32,
+    )
+    run = train(config, progress=False)
+    assert next(run.policy.parameters()).is_cuda
+    assert max(record["log_prob_gap"] for record in run.history) < 1e-3
