@@ -100,6 +100,18 @@ class TrajectoryRollout:
 
     Raises:
         ValueError: an argument out of its range, or stop_strings without a tokenizer.
+
+    >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+    >>> model = Qwen2ForCausalLM(Qwen2Config(
+    ...     vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=1))
+    >>> rollouts = TrajectoryRollout(model, max_turns=6, max_new_tokens=4).run(
+    ...     [[5, 9, 11], [7, 8]], lambda turns: [[20, 21, 22] for _ in turns])
+    >>> [(rollout.trajectory.num_tokens, rollout.peak_tokens) for rollout in rollouts]
+    [(42, 14), (41, 13)]
+    >>> layout, sampled = collate(rollouts)
+    >>> bool(torch.allclose(score(model, layout), sampled, atol=1e-5))
+    True
     """
 
     def __init__(

@@ -252,7 +252,8 @@ class Layout:
                                `torch.cat(per_trajectory_values)[source]` puts values in this order
         token_ids       int64  or None where the segments were given as counts
 
-    `positions` is "kept" (positions go on counting over dropped tokens, as in a cache that is
+    `spans` says where each segment lies, and `source_tokens` how many tokens the trajectories have
+    together (a layout can repeat some, or share a prompt's). `positions` is "kept" (positions go on counting over dropped tokens, as in a cache that is
     pruned) or "reprefill" (compact ones, as in an engine that sends the live text again). Training
     is exact only for the form that the rollout used.
     """
@@ -644,6 +645,9 @@ def visible(expiry: Tensor, floor: Tensor | None = None) -> Tensor:
         bool `[tokens, tokens]` (with a batch, `[batch, tokens, tokens]`), True where the query of
         that row sees the key of that column.
 
+    Raises:
+        TypeError, ValueError: another dtype or rank, or a floor that does not fit the expiry.
+
     >>> visible(torch.tensor([3, 2, 3])).int().tolist()
     [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     """
@@ -759,7 +763,8 @@ def _check_rising(rises: Tensor) -> None:
 def visible_pairs(expiry: Tensor, floor: Tensor | None = None) -> int:
     """How many pairs `visible(expiry, floor)` holds, without building it.
 
-    Memory O(tokens); with a floor, time O(tokens * runs of equal floor).
+    Memory O(tokens); with a floor, time O(tokens * runs of equal floor). Arguments and errors are
+    those of `visible`.
 
     >>> visible_pairs(torch.tensor([3, 2, 3]))
     5

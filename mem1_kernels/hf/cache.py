@@ -161,6 +161,7 @@ class TrajectoryCache(Cache):
             expiry: of the new slots: one for all, or `[batch]`.
 
         Raises:
+            TypeError: numbers that are no integers.
             ValueError: another number of rows, or a negative count.
         """
         on_host = self._per_row("counts", counts, device=torch.device("cpu"))
@@ -185,7 +186,7 @@ class TrajectoryCache(Cache):
             rows: the rows that now or keep speak of, in that order; None: all. Others keep all.
 
         Raises:
-            TypeError: keep is not boolean.
+            TypeError: keep is not boolean, or now not an integer.
             ValueError: not exactly one of now and keep, another shape, or rows that are unknown or
                 named twice. Nothing is written then.
         """
