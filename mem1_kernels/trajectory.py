@@ -253,7 +253,9 @@ class Layout:
         token_ids       int64  or None where the segments were given as counts
 
     `spans` says where each segment lies, and `source_tokens` how many tokens the trajectories have
-    together (a layout can repeat some, or share a prompt's). `positions` is "kept" (positions go on counting over dropped tokens, as in a cache that is
+    together (a layout can repeat some, or share a prompt's).
+
+    `positions` is "kept" (positions go on counting over dropped tokens, as in a cache that is
     pruned) or "reprefill" (compact ones, as in an engine that sends the live text again). Training
     is exact only for the form that the rollout used.
     """
