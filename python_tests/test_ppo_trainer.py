@@ -45,13 +45,13 @@ from mem1_kernels.ppo.trainer import (
     mean_scores,
     read_transcripts,
     retention_of,
-    score,
+    score_rows,
     train,
     train_on,
     update,
     warm_start,
 )
-from mem1_kernels.rollout import score as score_alone
+from mem1_kernels.rollout import score
 from python_tests.talking_processes import talk
 
 Accelerator = pytest.importorskip("accelerate").Accelerator
@@ -124,9 +124,9 @@ def test_rows_hold_every_generated_token_once_and_score_it_as_alone(
     learner, batch, rows = played(config)
     where = torch.cat([row.where for row in rows])
     assert torch.equal(where.sort().values, torch.arange(len(batch.sampled)))
-    log_probs, _ = score(learner, rows, batch.sampled, Stopwatch(where.device))
+    log_probs, _ = score_rows(learner, rows, batch.sampled, Stopwatch(where.device))
     alone = [
-        score_alone(learner.module.policy, e.rollout.layout).detach()[e.rollout.layout.loss_mask]
+        score(learner.module.policy, e.rollout.layout).detach()[e.rollout.layout.loss_mask]
         for e in batch.episodes
     ]
     assert (log_probs - torch.cat(alone)).abs().max() < 2e-5
@@ -192,9 +192,9 @@ def test_fill_keeps_to_its_budget():
 def parameters_after_update(config: Config) -> dict[str, torch.Tensor]:
     learner, batch, rows = played(config)
     watch = Stopwatch(batch.sampled.device)
-    batch.log_probs, batch.values = score(learner, rows, batch.sampled, watch)
+    batch.log_probs, batch.values = score_rows(learner, rows, batch.sampled, watch)
     with learner.as_reference():
-        batch.reference, _ = score(learner, rows, batch.sampled, watch)
+        batch.reference, _ = score_rows(learner, rows, batch.sampled, watch)
     estimate_advantages(batch, config)
     learner.learning_rates(1e-3, 1e-3)
     figures = update(learner, batch, mem1, 0, watch)
@@ -254,15 +254,15 @@ def test_only_adapters_are_trained_and_the_reference_is_the_model_after_the_warm
     learner, batch, rows = played(small(tmp_path, lora_rank=4))
     assert all("lora_" in name for name in learner.trained)
     watch = Stopwatch(batch.sampled.device)
-    before = score(learner, rows, batch.sampled, watch)[0]
+    before = score_rows(learner, rows, batch.sampled, watch)[0]
     with torch.no_grad():
         for parameter in learner.trained.values():
             parameter.add_(0.05)
-    moved = score(learner, rows, batch.sampled, watch)[0]
+    moved = score_rows(learner, rows, batch.sampled, watch)[0]
     assert (moved - before).abs().max() > 0.01
     with learner.as_reference():
-        assert torch.equal(score(learner, rows, batch.sampled, watch)[0], before)
-    assert torch.equal(score(learner, rows, batch.sampled, watch)[0], moved)
+        assert torch.equal(score_rows(learner, rows, batch.sampled, watch)[0], before)
+    assert torch.equal(score_rows(learner, rows, batch.sampled, watch)[0], moved)
 
 
 def test_importance_weights_of_an_exact_rollout_change_nothing(tmp_path):
@@ -293,7 +293,7 @@ def test_what_the_value_loss_trains(tmp_path, critic):
 def test_advantages_of_groups_are_relative(tmp_path):
     config = small(tmp_path, group_size=4, algorithm="rloo", sft_steps=0)
     _, batch, _ = played(config)
-    batch.scores = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
+    batch.rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
     estimate_advantages(batch, config)
     first = torch.tensor([batch.advantages[at] for at in batch.starts])
     assert torch.allclose(first, torch.tensor([1.0, *[-1 / 3] * 3, 0, 0, 0, 0]))
@@ -687,7 +687,11 @@ def test_file_errors(tmp_path):
             read_config(path)
 
 
-def test_errors_of_a_run(tmp_path):
+def test_errors_of_a_run(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "peft", None)
+        with pytest.raises(ImportError, match=r"lora_rank: peft is not .*mem1-kernels\[lora\]"):
+            make_policy(small(tmp_path, lora_rank=4))
     config = small(tmp_path)
     world = replace(make_world(config), demonstrate=None)
     with pytest.raises(ValueError, match="transcripts: this task has no teacher"):

@@ -158,7 +158,11 @@ def draw_tasks(config: Config, world: World, step: int) -> list[Any]:
 
 
 def make_policy(config: Config) -> Any:
-    """The causal LM that is trained, patched, with LoRA adapters if asked for."""
+    """The causal LM that is trained, patched, with LoRA adapters if asked for.
+
+    Raises:
+        ImportError: adapters are asked for, but peft is not installed.
+    """
     import transformers
 
     torch.manual_seed(config.seed)
@@ -180,8 +184,12 @@ def make_policy(config: Config) -> Any:
             config.model, dtype=getattr(torch, config.dtype)
         )
     if config.lora_rank:
-        import peft
-
+        try:
+            import peft
+        except ImportError as error:
+            raise ImportError(
+                "lora_rank: peft is not installed (`pip install mem1-kernels[lora]`)"
+            ) from error
         adapters = peft.LoraConfig(
             r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear"
         )
@@ -519,11 +527,12 @@ def check_pairing(rollouts: Sequence[Rollout], retention: Retention) -> None:
 class Batch:
     """The episodes of a step, and one number for each of their generated tokens.
 
-    Vectors are fp32 `[generated]` on the device, episode after episode, in order of time.
+    Vectors are fp32 `[generated]` on the device, episode after episode, in order of time; but
+    `rewards` is `[episodes]`.
     """
 
     episodes: list[Episode]
-    scores: Tensor
+    rewards: Tensor
     starts: list[int]
     trajectory: Tensor
     sampled: Tensor
@@ -543,7 +552,7 @@ class Batch:
         counts = torch.tensor([int(mask.sum()) for mask in masks])
         return Batch(
             episodes=episodes,
-            scores=torch.tensor([episode.reward for episode in episodes], device=device),
+            rewards=torch.tensor([episode.reward for episode in episodes], device=device),
             starts=(counts.cumsum(0) - counts).tolist(),
             trajectory=torch.arange(len(episodes)).repeat_interleave(counts).to(device),
             sampled=sampled,
@@ -633,7 +642,7 @@ def share(accelerator: Accelerator, rows: Sequence[Row]) -> Iterator[tuple[Row, 
 
 
 @torch.no_grad()
-def score(
+def score_rows(
     learner: Learner, rows: Sequence[Row], like: Tensor, watch: Stopwatch
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and values of a batch's generated tokens, on every process."""
@@ -719,7 +728,7 @@ def warm_start(learner: Learner, world: World, retention: Retention, progress: b
     figures = {"loss": math.nan}
     for step in bar:
         rng = random.Random(f"{config.seed}/sft/{step}")
-        layouts, scores = [], []
+        layouts, rewards = [], []
         for _ in range(config.sft_batch):
             if traces:
                 segments, reward = rng.choice(traces)
@@ -731,29 +740,40 @@ def warm_start(learner: Learner, world: World, retention: Retention, progress: b
             behind = trajectory.position_ids >= trajectory.spans[0].stop
             trajectory.position_ids = trajectory.position_ids + jump * behind
             layouts.append(unroll(trajectory) if config.positions == "reprefill" else trajectory)
-            scores.append(reward)
+            rewards.append(reward)
         count = sum(int(layout.loss_mask.sum()) for layout in layouts)
-        rows = []
+        rows: list[Row] = []
+        found: list[Tensor] = []
+        begin = 0
         for members in fill([layout.num_tokens for layout in layouts], config.token_budget):
             layout = pack([layouts[member] for member in members])
             document = layout.document[layout.loss_mask]
             earned = on_last_token(
-                torch.tensor([scores[member] for member in members]),
+                torch.tensor([rewards[member] for member in members]),
                 torch.ones_like(document, dtype=torch.bool),
                 document,
             )
             nothing, everything = torch.zeros_like(earned), torch.ones_like(document).bool()
-            _, returns = gae(earned, nothing, everything, document, gamma=config.gamma)
-            rows.append(Row.of(layout, returns, accelerator.device))
+            found.append(gae(earned, nothing, everything, document, gamma=config.gamma)[1])
+            where = torch.arange(begin, begin + len(document))
+            begin += len(document)
+            rows.append(Row.of(layout, where, accelerator.device))
+        returns = torch.cat(found).to(accelerator.device)
 
         def loss_of(
-            row: Row, log_probs: Tensor, entropy: Tensor, values: Tensor | None, count: int = count
+            row: Row,
+            log_probs: Tensor,
+            entropy: Tensor,
+            values: Tensor | None,
+            count: int = count,
+            returns: Tensor = returns,
         ) -> tuple[Tensor, dict[str, Tensor]]:
             loss = -log_probs.sum() / count
             if values is None:
                 return loss, {}
             mask = torch.ones_like(values, dtype=torch.bool)
-            error = value_loss(values, values, row.where, mask, denominator=count, clip=None)
+            target = returns[row.where]
+            error = value_loss(values, values, target, mask, denominator=count, clip=None)
             return loss + error, {"value_loss": error}
 
         falling = 1 - 0.9 * step / max(config.sft_steps - 1, 1)
@@ -790,9 +810,9 @@ def estimate_advantages(batch: Batch, config: Config) -> dict[str, float]:
     if config.algorithm in ("grpo", "rloo"):
         task = torch.tensor([episode.task for episode in batch.episodes], device=ids.device)
         relative = grpo_advantages if config.algorithm == "grpo" else rloo_advantages
-        batch.advantages = on_every_token(relative(batch.scores, task), mask, ids)
+        batch.advantages = on_every_token(relative(batch.rewards, task), mask, ids)
         return figures
-    rewards = on_last_token(batch.scores, mask, ids)
+    rewards = on_last_token(batch.rewards, mask, ids)
     if config.kl_coef and config.kl_in == "reward":
         rewards = kl_penalised_rewards(
             rewards,
@@ -1026,16 +1046,22 @@ def train(
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> Run:
-    """Warm start, then PPO; writes into `config.out` and returns the policy and the history.
+    """Warm start, then PPO; writes into `config.out`.
 
     Args:
+        config: the options of the run.
         world: another task than those that `config.task` names.
         attend: another forward pass, for experiments with wrong masks.
         accelerator: one that is set up already; made from the environment unless given.
         progress: show progress bars (on the main process).
 
+    Returns:
+        The policy, unpatched, in one piece and on every process, and the history: a record a step
+        and one an evaluation, as in metrics.jsonl; after a resume those from before it too.
+
     Raises:
         ValueError: options or files that do not fit; log-probs of rollout and trainer that differ.
+        ImportError: an option needs a package that is not installed.
         RuntimeError: most of a step's episodes failed.
         FloatingPointError: a gradient that is not finite.
     """
@@ -1103,11 +1129,11 @@ def train(
             raise RuntimeError(f"step {step}: a tool failed in every group of episodes")
         batch = Batch.of(episodes, device)
         rows = batch.rows(range(len(episodes)), config, retention, device)
-        batch.log_probs, batch.values = score(learner, rows, batch.sampled, watch)
+        batch.log_probs, batch.values = score_rows(learner, rows, batch.sampled, watch)
         largest, mean = check_agreement(batch, config, dtype)
         if config.kl_coef:
             with learner.as_reference():
-                batch.reference, _ = score(learner, rows, batch.sampled, watch)
+                batch.reference, _ = score_rows(learner, rows, batch.sampled, watch)
         figures = estimate_advantages(batch, config)
         warming = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
         learner.learning_rates(config.lr * warming, config.critic_lr * warming)
@@ -1119,8 +1145,8 @@ def train(
         seconds = time.perf_counter() - started
         record: dict[str, Any] = {
             "step": step,
-            "reward": float(batch.scores.mean()),
-            "reward_std": float(batch.scores.std(correction=0)),
+            "reward": float(batch.rewards.mean()),
+            "reward_std": float(batch.rewards.std(correction=0)),
             **mean_scores(episodes),
             **figures,
             "log_prob_gap": largest,
