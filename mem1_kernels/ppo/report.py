@@ -66,6 +66,7 @@ class Log:
         if first_step and path.exists():
             lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             self.history = [record for record in lines if record["step"] < first_step]
+        accelerator.wait_for_everyone()  # all have read before one writes
         if accelerator.is_main_process:
             self.file = open(path, "w", encoding="utf-8")
             self.file.writelines(json.dumps(record) + "\n" for record in self.history)
