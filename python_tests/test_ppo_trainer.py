@@ -25,6 +25,7 @@ from mem1_kernels.agent.qa import QATask, RetrievalQA
 from mem1_kernels.agent.retrieval import BM25, Passage
 from mem1_kernels.agent.tasks import CHAIN_PEAK, TableEnvironment
 from mem1_kernels.ppo.config import Config, parse_arguments, read_config
+from mem1_kernels.ppo.memory import main as print_memory
 from mem1_kernels.ppo.memory import memory_budget, table
 from mem1_kernels.ppo.trainer import (
     ActorCritic,
@@ -571,6 +572,53 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         assert [step for step, _ in checkpoints(out)] == [0, 2]
 
 
+def test_the_command_line_trains_in_two_processes(tmp_path):
+    """`accelerate launch -m mem1_kernels.ppo` with a config; one of the two writes and talks."""
+    # --cpu would start one process whatever --num_processes says; this way the CPU has two.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    launch += ["--dynamo_backend=no", "--main_process_port=0", "--tee=3"]
+    launch += [f"--log_dir={tmp_path / 'logs'}", "-m", "mem1_kernels.ppo"]
+    options = {
+        "config": "configs/chain.toml",
+        "out": tmp_path / "run",
+        "trackers": "",
+        "sizes": 1,
+        "steps": 2,
+        "sft-steps": 2,
+        "sft-batch": 4,
+        "episodes": 8,
+        "minibatch": 4,
+        "rollout-batch": 4,
+        "token-budget": 128,
+        "eval-every": 2,
+        "eval-sizes": 1,
+        "eval-episodes": 4,
+    }
+    done = subprocess.run(
+        [*launch, *(f"--{name}={value}" for name, value in options.items())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(r["step"], "evaluation" in r) for r in records] == [
+        (0, True),
+        (0, False),
+        (1, False),
+        (2, True),
+    ]
+    assert all(r["log_prob_gap"] < 1e-3 for r in records if "reward" in r)
+    left = {path.name for path in (tmp_path / "run" / "policy").iterdir()}
+    assert left == {"config.json", "generation_config.json", "model.safetensors"}
+    logs = {path.parent.name: path for path in (tmp_path / "logs").glob("**/stdout.log")}
+    said = {rank: log.read_text().count("metrics.jsonl, curve.png") for rank, log in logs.items()}
+    assert said == {"0": 1, "1": 0}
+
+
 # learning
 
 
@@ -749,6 +797,16 @@ def test_the_memory_budget_counts_what_a_run_holds(tmp_path):
     trained = sum(parameter.numel() for parameter in learner.trained.values())
     assert budget["gradients"] == 4 * trained
     assert budget["weights"] == 4 * sum(parameter.numel() for parameter in policy.parameters())
+
+
+def test_the_command_line_prints_the_memory_of_a_config(tmp_path, capsys):
+    shape = make_policy(small(tmp_path)).config
+    shape.save_pretrained(tmp_path / "model")
+    path = tmp_path / "run.toml"
+    path.write_text(f"model = '{tmp_path / 'model'}'\nrollout_batch = 8\n")
+    print_memory([str(path), "--processes=2", "--peak-context=100"])
+    budget = memory_budget(shape, read_config(path), processes=2, peak_context=100)
+    assert capsys.readouterr().out.strip() == table(budget)
 
 
 # the ablation's wrong masks

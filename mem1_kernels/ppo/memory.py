@@ -7,6 +7,7 @@ framework itself (about 2 GB a process) and fragmentation: stay 10 % below the c
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from mem1_kernels.ppo.config import Config, read_config
@@ -83,7 +84,7 @@ def table(budget: dict[str, int]) -> str:
     return "\n".join([*lines, f"{'sum':28}{sum(budget.values()) / 1e9:7.1f}"])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the budget of a config."""
     from transformers import AutoConfig
 
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument(
         "--peak-context", type=int, default=2048, help="tokens a cache row holds at most [2048]"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     config = read_config(options.config)
     shape = AutoConfig.from_pretrained(config.model)
     print(
