@@ -298,9 +298,11 @@ class TestGenerate:
         # The last token is sampled but not fed.
         assert past.lengths.tolist() == [n + steps - 1 for n in attention_mask.sum(1).tolist()]
 
-    @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
-    def test_goes_on_turn_by_turn_over_a_pruned_cache(self, family: str) -> None:
+    @pytest.mark.parametrize("sampled", [False, True])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_goes_on_turn_by_turn_over_a_pruned_cache(self, family: str, sampled: bool) -> None:
         model, prompts = build(family), draw(2, 10)
+        torch.manual_seed(2)
         stop, new_tokens = list(range(3, 9)), 12
         attention_mask = torch.ones_like(prompts)
         attention_mask[0, :4] = 0
@@ -319,7 +321,7 @@ class TestGenerate:
                     attention_mask=mask,
                     position_ids=position_ids,
                     past_key_values=past,
-                    do_sample=False,
+                    do_sample=sampled,
                     max_new_tokens=new_tokens,
                     eos_token_id=stop,
                     output_logits=True,
