@@ -740,6 +740,8 @@ def test_errors_of_a_run(tmp_path, monkeypatch):
         patched.setitem(sys.modules, "peft", None)
         with pytest.raises(ImportError, match=r"lora_rank: peft is not .*mem1-kernels\[lora\]"):
             make_policy(small(tmp_path, lora_rank=4))
+    with pytest.raises(ValueError, match=r"eval_sizes: keys: expected 1\.\.9, got 16"):
+        make_world(small(tmp_path, task="lookup", sizes=(1,), eval_every=1, eval_sizes=(2, 16)))
     config = small(tmp_path)
     world = replace(make_world(config), demonstrate=None)
     with pytest.raises(ValueError, match="transcripts: this task has no teacher"):

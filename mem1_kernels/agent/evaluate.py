@@ -280,6 +280,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--server", help="address of an OpenAI-compatible server, such as http://host:8000/v1")
     add("--episodes", type=int, default=16, help="episodes a line")
     add("--batch", type=int, default=8, help="episodes side by side")
+    add("--workers", type=int, default=1, help="environments that act at once, for slow tools")
     add("--max-turns", type=int, default=20)
     add("--max-new-tokens", type=int, default=512)
     add("--max-info-tokens", type=int, default=600)
@@ -342,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Measures]:
         "max_info_tokens": options.max_info_tokens,
         "temperature": options.temperature,
         "seed": options.seed,
+        "workers": options.workers,
     }
     loaded: dict[str, Any] = {}
 

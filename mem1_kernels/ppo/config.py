@@ -58,6 +58,7 @@ class Config:
     corpus: str = _option("", "qa: passages (.jsonl), or the http address of a retrieval server")
     topk: int = _option(3, "passages a search")
     max_info_tokens: int = _option(600, "an observation is cut to this many tokens")
+    workers: int = _option(1, "environments that act at once, for tools that wait for a network")
     # rollout
     positions: str = _option("kept", "kept: pruned cache; reprefill: the live text sent again")
     retention: str = _option("mem1", "mem1, keep_all or keep_last(n)")
@@ -118,7 +119,7 @@ class Config:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
         counts = "episodes group_size epochs minibatch token_budget rollout_batch sft_batch topk"
-        counts += " max_turns max_new_tokens max_info_tokens keep_checkpoints eval_episodes"
+        counts += " max_turns max_new_tokens max_info_tokens workers keep_checkpoints eval_episodes"
         or_none = "steps sft_steps sft_jump lora_rank warmup save_every eval_every kl_coef"
         or_none += " entropy_coef value_clip importance_cap log_prob_tolerance eval_temperature"
         least = dict.fromkeys(counts.split(), 1) | dict.fromkeys(or_none.split(), 0)

@@ -116,6 +116,13 @@ def make_world(config: Config) -> World:
         def demonstrate(task: TableTask, rng: random.Random) -> tuple[list[Segment], float]:
             return Teacher(config.sft_keep, rng).play(task)
 
+        evaluated = config.eval_sizes if config.eval_every else ()
+        for name, sizes in (("sizes", config.sizes), ("eval_sizes", evaluated)):
+            for size in sizes:
+                try:
+                    task_class.sample(size, random.Random(0))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         return World(task_class.sample, TableEnvironment, demonstrate)
     from transformers import AutoTokenizer
 
@@ -437,6 +444,7 @@ def collect(
             max_info_tokens=config.max_info_tokens,
             temperature=temperature,
             seed=seed_of(config, label, place),
+            workers=config.workers,
             progress=False,
         )
         with accelerator.autocast():
