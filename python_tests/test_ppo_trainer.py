@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,12 @@ import pytest
 import torch
 
 from mem1_kernels import keep_all, keep_last, mem1
+from mem1_kernels.agent.engine import HFEngine
 from mem1_kernels.agent.environment import Step
 from mem1_kernels.agent.qa import QATask, RetrievalQA
 from mem1_kernels.agent.retrieval import BM25, Passage
 from mem1_kernels.agent.tasks import CHAIN_PEAK, TableEnvironment
+from mem1_kernels.hf import unpatch
 from mem1_kernels.ppo.config import Config, parse_arguments, read_config
 from mem1_kernels.ppo.memory import main as print_memory
 from mem1_kernels.ppo.memory import memory_budget, table
@@ -271,6 +274,23 @@ def test_importance_weights_of_an_exact_rollout_change_nothing(tmp_path):
     plain = parameters_after_update(config)
     weighted = parameters_after_update(replace(config, importance_cap=2.0))
     assert 0 < largest_difference(plain, weighted) < 1e-4
+
+
+def test_rollouts_of_another_engine_are_weighted(tmp_path):
+    """One that computes in bfloat16 and sends text again; it is refused unless allowed for."""
+
+    def coarse(policy):
+        return HFEngine(unpatch(deepcopy(policy)).bfloat16(), positions="reprefill")
+
+    config = small(tmp_path, positions="reprefill", steps=1)
+    with pytest.raises(ValueError, match="rollout and trainer differ by up to"):
+        train(config, world=talk(config), engine=coarse, progress=False)
+    with pytest.raises(ValueError, match="their positions are 'reprefill', the trainer's 'kept'"):
+        kept = replace(config, out=str(tmp_path / "kept"), positions="kept")
+        train(kept, world=talk(kept), engine=coarse, progress=False)
+    config = replace(config, out=str(tmp_path / "two"), log_prob_tolerance=0.2, importance_cap=2.0)
+    run = train(config, world=talk(config), engine=coarse, progress=False)
+    assert 1e-4 < run.history[0]["log_prob_gap"] < 0.2
 
 
 @pytest.mark.parametrize("critic", ["none", "head", "detached", "model"])

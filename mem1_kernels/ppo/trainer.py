@@ -11,7 +11,7 @@ the whole minibatch. So the figures do not depend on the number of processes. No
 what ran before: every random number of step n comes from (seed, n), so a checkpoint is the
 weights, the optimizer and n.
 
-Left out: asynchronous rollouts, rollouts on another machine, reward models, tensor and context
+Left out: asynchronous rollouts, sending weights to a server, reward models, tensor and context
 parallelism, FSDP1 and DeepSpeed.
 """
 
@@ -47,6 +47,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from mem1_kernels.agent.agent import MemoryEfficientAgent
+from mem1_kernels.agent.engine import Engine, HFEngine
 from mem1_kernels.agent.qa import QATask, RetrievalQA, compose, load_questions
 from mem1_kernels.agent.retrieval import BM25, RetrievalServer
 from mem1_kernels.agent.tasks import (
@@ -418,6 +419,7 @@ def collect(
     temperature: float,
     max_turns: int,
     group_size: int = 1,
+    engine: Callable[[Any], Engine] | None = None,
 ) -> list[Episode]:
     """Plays every task `group_size` times over all processes; all of them return all episodes.
 
@@ -434,12 +436,16 @@ def collect(
     ]
     played: list[tuple[int, list[Episode]]] = []
     for place in range(accelerator.process_index, len(batches), accelerator.num_processes):
+        if engine is None:
+            positions = cast(Any, config.positions)
+            player: Engine = HFEngine(model, world.tokenizer, positions=positions)
+        else:
+            player = engine(model)
         agent = MemoryEfficientAgent(
-            model,
-            engine="pruned" if config.positions == "kept" else "reprefill",
+            None,
+            engine=player,
             environment=world.make,
             retention=retention,
-            tokenizer=world.tokenizer,
             max_new_tokens=config.max_new_tokens,
             max_info_tokens=config.max_info_tokens,
             temperature=temperature,
@@ -1051,6 +1057,7 @@ def train(
     *,
     world: World | None = None,
     attend: Attend = attend,
+    engine: Callable[[Any], Engine] | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> Run:
@@ -1060,6 +1067,10 @@ def train(
         config: the options of the run.
         world: another task than those that `config.task` names.
         attend: another forward pass, for experiments with wrong masks.
+        engine: policy -> what plays the steps' episodes, called once a batch of them; it is where
+            weights go to a server. Set `positions` to its form, `log_prob_tolerance` to what its
+            arithmetic is off by and `importance_cap`, which corrects for that. Unless told the
+            policy itself plays.
         accelerator: one that is set up already; made from the environment unless given.
         progress: show progress bars (on the main process).
 
@@ -1128,6 +1139,7 @@ def train(
                 temperature=config.temperature,
                 max_turns=config.max_turns,
                 group_size=config.group_size,
+                engine=engine,
             )
         # What a broken tool ended is no fault of the policy: it goes, and what is compared with it.
         broken = {episode.task for episode in episodes if episode.failed}
@@ -1189,9 +1201,9 @@ def train(
     if config.eval_every:
         evaluation(config.steps)
     log.close()
-    engine = unpatch(learner.ready_engine())
+    policy = unpatch(learner.ready_engine())
     if accelerator.is_main_process:
-        engine.save_pretrained(out / "policy")
+        policy.save_pretrained(out / "policy")
         if world.tokenizer is not None:
             world.tokenizer.save_pretrained(out / "policy")
-    return Run(engine, log.history)
+    return Run(policy, log.history)
