@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/element_type.h"
 #include "cpu/run_in_order.h"
 #include "cpu/simd.h"
 #include "ops.h"
@@ -146,12 +147,8 @@ cpu::Problem make_problem(const Shape& shape, const at::Tensor& query, double sc
   TORCH_CHECK_VALUE(std::isfinite(scale), "scale: expected a finite number, got ", scale);
   TORCH_CHECK_VALUE(std::isfinite(softcap) && softcap >= 0,
                     "softcap: expected a number >= 0 (0: none), got ", softcap);
-  const at::ScalarType dtype = query.scalar_type();
-  const cpu::ElementType type = dtype == at::kFloat  ? cpu::ElementType::kFloat
-                                : dtype == at::kHalf ? cpu::ElementType::kHalf
-                                                     : cpu::ElementType::kBFloat16;
-  return {type, shape.tokens, static_cast<int>(shape.head_dim), static_cast<float>(scale),
-          static_cast<float>(softcap)};
+  return {cpu::element_type(query.scalar_type()), shape.tokens, static_cast<int>(shape.head_dim),
+          static_cast<float>(scale), static_cast<float>(softcap)};
 }
 
 const cpu::AttentionKernels& kernels(cpu::ElementType type) {

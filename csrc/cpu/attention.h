@@ -5,11 +5,11 @@
 
 #include <stdint.h>
 
+#include "cpu/float_types.h"
+
 namespace mem1::cpu {
 
 constexpr int kTile = 128;
-
-enum class ElementType { kFloat, kHalf, kBFloat16 };
 
 // Tokens of one head of one batch row: head_dim contiguous elements each.
 struct Rows {

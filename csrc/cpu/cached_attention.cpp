@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/element_type.h"
 #include "cpu/run_in_order.h"
 #include "cpu/simd.h"
 #include "ops.h"
@@ -231,9 +232,7 @@ std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
     }
   }
 
-  const cpu::ElementType type = query.scalar_type() == at::kFloat  ? cpu::ElementType::kFloat
-                                : query.scalar_type() == at::kHalf ? cpu::ElementType::kHalf
-                                                                   : cpu::ElementType::kBFloat16;
+  const cpu::ElementType type = cpu::element_type(query.scalar_type());
   const cpu::CachedAttentionKernels& kernel = kernels(type);
   const int head_dim = static_cast<int>(shape.head_dim);
   const at::Tensor partial_out = at::empty({partials, head_dim}, at::kFloat);

@@ -6,6 +6,9 @@
 #include <string.h>
 
 namespace mem1::cpu {
+
+enum class ElementType { kFloat, kHalf, kBFloat16 };
+
 namespace {
 
 inline float as_float(uint32_t bits) {

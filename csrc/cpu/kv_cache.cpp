@@ -8,6 +8,7 @@
 
 #include "common/prune_index.h"
 #include "common/slot_tensor.h"
+#include "cpu/element_type.h"
 #include "cpu/rotate_keys.h"
 #include "cpu/simd.h"
 #include "ops.h"
@@ -181,13 +182,9 @@ RotateKeys rotate_keys() {
   return cpu::rotate_keys_default;
 }
 
-cpu::KeyType key_type(at::ScalarType type) {
-  if (type == at::kFloat) return cpu::KeyType::kFloat;
-  return type == at::kHalf ? cpu::KeyType::kHalf : cpu::KeyType::kBFloat16;
-}
-
-void turn_slots(const SlotTensor& tensor, cpu::KeyType type, bool interleaved, RotateKeys rotate,
-                int page, const TurnedRow& row, int begin, int end, std::vector<float>& scratch) {
+void turn_slots(const SlotTensor& tensor, cpu::ElementType type, bool interleaved,
+                RotateKeys rotate, int page, const TurnedRow& row, int begin, int end,
+                std::vector<float>& scratch) {
   scratch.resize(2 * tensor.pairs);
   for (int slot = begin; slot < end; ++slot) {
     const char* source = address(tensor, page, 0, row.sources[slot]);
@@ -206,7 +203,7 @@ void turn_slots(const SlotTensor& tensor, cpu::KeyType type, bool interleaved, R
 
 // Rows of one tensor in chunks of slots; a row that keeps order is one chunk, done in ascending
 // order.
-void turn_all(const std::vector<SlotTensor>& tensors, at::ScalarType type, bool interleaved,
+void turn_all(const std::vector<SlotTensor>& tensors, cpu::ElementType type, bool interleaved,
               bool ordered, const std::vector<TurnedRow>& rows) {
   struct Task {
     int tensor, row, begin, end;
@@ -226,8 +223,8 @@ void turn_all(const std::vector<SlotTensor>& tensors, at::ScalarType type, bool 
     std::vector<float> scratch;
     for (int64_t i = begin; i < end; ++i) {
       const Task& task = tasks[i];
-      turn_slots(tensors[task.tensor], key_type(type), interleaved, rotate, task.row,
-                 rows[task.row], task.begin, task.end, scratch);
+      turn_slots(tensors[task.tensor], type, interleaved, rotate, task.row, rows[task.row],
+                 task.begin, task.end, scratch);
     }
   });
 }
@@ -361,7 +358,9 @@ void prune_kv_cpu(at::TensorList keys, at::TensorList values, const at::Tensor& 
     }
   });
   copy_all(copied, runs);
-  if (!turned.empty()) turn_all(turned, args.key_type, interleaved, ordered, turned_rows);
+  if (!turned.empty()) {
+    turn_all(turned, cpu::element_type(args.key_type), interleaved, ordered, turned_rows);
+  }
 }
 
 void prune_paged_kv_cpu(at::TensorList keys, at::TensorList values, const at::Tensor& block_table,

@@ -3,14 +3,14 @@
 
 #include <stdint.h>
 
-namespace mem1::cpu {
+#include "cpu/float_types.h"
 
-enum class KeyType { kFloat, kHalf, kBFloat16 };
+namespace mem1::cpu {
 
 // One slot of one layer: `heads` rows of which the first 2 * pairs elements turn, pair i by
 // steps[i] * positions (units in common/rope_angle.h). Source and destination may be the same.
 struct RotatedSlot {
-  KeyType type;
+  ElementType type;
   const char* source;
   char* destination;
   int64_t head_stride;  // bytes, alike in source and destination

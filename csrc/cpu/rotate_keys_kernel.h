@@ -46,11 +46,11 @@ void rotate_type(const RotatedSlot& slot) {
 
 void MEM1_ROTATE_KEYS(const RotatedSlot& slot) {
   switch (slot.type) {
-    case KeyType::kFloat:
+    case ElementType::kFloat:
       return rotate_type<Float>(slot);
-    case KeyType::kHalf:
+    case ElementType::kHalf:
       return rotate_type<Half>(slot);
-    case KeyType::kBFloat16:
+    case ElementType::kBFloat16:
       return rotate_type<BFloat16>(slot);
   }
 }

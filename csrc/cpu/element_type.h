@@ -1,0 +1,16 @@
+// From a tensor's dtype to that of its kernels.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include "cpu/float_types.h"
+
+namespace mem1::cpu {
+
+// Of a dtype that check_activation_dtype lets pass.
+inline ElementType element_type(at::ScalarType dtype) {
+  if (dtype == at::kFloat) return ElementType::kFloat;
+  return dtype == at::kHalf ? ElementType::kHalf : ElementType::kBFloat16;
+}
+
+}  // namespace mem1::cpu
