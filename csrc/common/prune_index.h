@@ -103,9 +103,8 @@ MEM1_HOST_DEVICE RowMoves plan_row(const Survivors& kept, int n, bool ordered) {
   return {n, n - kept.rank(n), n, n};
 }
 
-// Calls emit(move, slot) for the set bits of a word, which belong to moves first_move, first_move +
-// 1,
-// ..., as far as the move lies in [begin, end).
+// Calls emit(move, slot) for the set bits of a word, of which the lowest belongs to move first_move
+// and each further one to the next, as far as the move lies in [begin, end).
 template <typename Emit>
 MEM1_HOST_DEVICE void emit_bits(uint32_t bits, int first_slot, int first_move, int begin, int end,
                                 const Emit& emit) {
@@ -135,14 +134,12 @@ MEM1_HOST_DEVICE void emit_holes(const Survivors& kept, const RowMoves& moves, i
   emit_bits(bits, slot, slot - kept.rank(slot), begin, end, emit);
 }
 
-// --- Paged rows -------------------------------------------------------------------------------
-//
-// Token t of a row lies in page t / page_size of its table. Whole pages, all of whose tokens
-// survive, are left alone. The others are taken in the order of their kind below, and the
-// survivors in them, `packed` in number, are hole-filled as one row of its own: what lies behind
-// slot `packed` moves to the holes before it. The pages that hold slots < packed stay with the row
-// and must be its own to write; all others are freed. So a hole run costs the moves of its two edge
-// pages at most.
+// How a paged row is pruned. Token t of the row lies in page t / page_size of its table. Whole
+// pages, all of whose tokens survive, are left alone. The others are taken in the order of their
+// kind below, and the survivors in them, `packed` in number, are hole-filled as one row of its own:
+// what lies behind slot `packed` moves to the holes before it. The pages that hold slots < packed
+// stay with the row and must be its own to write; all others are freed. So a hole run costs the
+// moves of its two edge pages at most.
 enum PageKind : int {
   kWholePage = 0,
   kOwnedPartial = 1,

@@ -73,8 +73,6 @@ struct PagedPruneParams {
   SlotTensor tensor[kMaxTensors];
 };
 
-// --- Shared memory ------------------------------------------------------------------------------
-
 struct RowShared {
   uint32_t* words;      // [groups * kGroupWords]
   int32_t* group_rank;  // [groups]
@@ -101,8 +99,6 @@ __device__ __forceinline__ int32_t* carve_row(int32_t* memory, int capacity, Row
   shared->scratch = shared->group_rank + groups;
   return shared->scratch + kWarps + 2;
 }
-
-// --- One row ------------------------------------------------------------------------------------
 
 // The sum of `value` over the block's threads in front of this one, and over all of them. The whole
 // block calls it; scratch is free for reuse after the caller's next __syncthreads().
@@ -195,8 +191,6 @@ __device__ __forceinline__ bool count_reader(const Row& row, int32_t* length, in
   return readers_before == row.readers - 1;
 }
 
-// --- Moving -------------------------------------------------------------------------------------
-
 struct Place {
   int page, slot;
 };
@@ -279,8 +273,6 @@ __device__ __forceinline__ void copy_moves(const SlotTensor& tensor, int head, c
       return copy_units<uint8_t, kOrdered>(tensor, head, moves, begin, end);
   }
 }
-
-// --- Turning keys -------------------------------------------------------------------------------
 
 struct NoKey {};
 
@@ -443,8 +435,6 @@ struct StayingKeys {
   __device__ __forceinline__ Place source(int i) const { return {page, kept.at(i) ? i : -1}; }
   __device__ __forceinline__ Place destination(int i) const { return {page, i}; }
 };
-
-// --- Kernels ------------------------------------------------------------------------------------
 
 struct Span {
   int begin, end;
