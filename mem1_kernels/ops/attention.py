@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from mem1_kernels.block_plan import BlockPlan
 from mem1_kernels.ops import _library  # noqa: F401  registers the operators
+from mem1_kernels.ops._checks import DTYPES, check_head_dim, check_scores
 from mem1_kernels.trajectory import check_expiry
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _TrajectoryAttention(torch.autograd.Function):
@@ -132,12 +130,7 @@ def trajectory_attention(
         check_expiry(expiry, floor)
         _check_layout("expiry", torch.atleast_2d(expiry), query)
         plan = BlockPlan.from_expiry(expiry, floor)
-    head_dim = query.shape[3]
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale: expected a finite number > 0 or None, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
+    scale = check_scores(query.shape[3], scale, softcap)
     if batch == 0:
         raise ValueError("query: expected at least one batch row, got none")
 
@@ -180,8 +173,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError("query: expected at least one token, got none")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query: expected heads divisible by {kv_heads} kv_heads, got {heads}")
-    if head_dim % 8 or not 16 <= head_dim <= 256:
-        raise ValueError(f"query: expected head_dim 16 to 256 in steps of 8, got {head_dim}")
+    check_head_dim(head_dim)
 
 
 def _check_layout(name: str, expiry: Tensor, query: Tensor) -> None:

@@ -6,19 +6,16 @@ A cache holds `[batch, kv_heads, capacity, head_dim]`, of which row `b` uses slo
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from mem1_kernels.ops import _library  # noqa: F401  registers the operators
+from mem1_kernels.ops._checks import DTYPES, check_head_dim, check_scores, mark_written
 from mem1_kernels.ops._memory import check_disjoint
 from mem1_kernels.ops.prune_kv import prune_kv_, prune_paged_kv_
 from mem1_kernels.ops.rope import Rope
 
 __all__ = ["Rope", "append_kv_", "cached_attention", "prune_kv_", "prune_paged_kv_"]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def append_kv_(
@@ -88,7 +85,7 @@ def append_kv_(
     torch.ops.mem1.append_kv_(
         _dense_last(keys), _dense_last(values), key_cache, value_cache, lengths, counts
     )
-    _mark_written(key_cache, value_cache)
+    mark_written(key_cache, value_cache)
 
 
 def cached_attention(
@@ -160,16 +157,11 @@ def cached_attention(
         raise ValueError("query: expected at least one token, got none")
     if heads == 0 or heads % kv_heads:
         raise ValueError(f"query: expected heads divisible by {kv_heads} kv_heads, got {heads}")
-    if head_dim % 8 or not 16 <= head_dim <= 256:
-        raise ValueError(f"query: expected head_dim 16 to 256 in steps of 8, got {head_dim}")
+    check_head_dim(head_dim)
     _check_rows("lengths", lengths, key_cache)
     if counts is not None:
         _check_rows("counts", counts, key_cache)
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale: expected a finite number > 0 or None, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
+    scale = check_scores(head_dim, scale, softcap)
     if window is not None:
         if not isinstance(window, (int, torch.SymInt)):
             raise TypeError(f"window: expected an int or None, got {type(window).__name__}")
@@ -270,9 +262,3 @@ def _check_memory(keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: 
     }
     if read or len(owners) < 2 or not all(x.is_contiguous() for x in caches.values()):
         check_disjoint(caches, read)
-
-
-def _mark_written(*written: Tensor) -> None:
-    """Tells autograd, so that a backward pass through what was overwritten raises."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mem1_kernels.ops._checks import DTYPES, mark_written
 from mem1_kernels.ops._library import implementations
 from mem1_kernels.ops._memory import check_disjoint
 from mem1_kernels.ops.rope import Rope
-
-ROTATED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def prune_kv_(
@@ -91,7 +90,7 @@ def prune_kv_(
         rope is not None and rope.layout == "interleaved",
     )
     _call("prune_kv_", arguments, keep, lambda: _check_dense(*arguments[:5], position_delta, steps))
-    _mark_written(*keys, *values, *slots, lengths)
+    mark_written(*keys, *values, *slots, lengths)
 
 
 def prune_paged_kv_(
@@ -181,7 +180,7 @@ def prune_paged_kv_(
             keys, values, block_table, lengths, keep, layout, page_refs, slots, *results
         ),
     )
-    _mark_written(*keys, *values, *slots, block_table, lengths, freed, freed_counts)
+    mark_written(*keys, *values, *slots, block_table, lengths, freed, freed_counts)
     return freed, freed_counts
 
 
@@ -389,7 +388,7 @@ def _check_rotation(keys: Sequence[Tensor], steps: Sequence[Tensor], keep: Tenso
                 f"rope: expected at most {key.shape[3]} rotated elements for keys[{i}], "
                 f"got {2 * len(step)}"
             )
-        if key.dtype not in ROTATED_DTYPES:
+        if key.dtype not in DTYPES:
             raise TypeError(
                 f"keys[{i}]: expected float32, float16 or bfloat16 to rotate, got {key.dtype}"
             )
@@ -405,9 +404,3 @@ def _check_memory(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"{name}: requires gradients, and pruning is not differentiable")
     check_disjoint(written, read)
-
-
-def _mark_written(*written: Tensor) -> None:
-    """Tells autograd, so that a backward pass through what was overwritten raises."""
-    if not torch.compiler.is_compiling():  # compiled code does that by itself
-        torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])

@@ -1,0 +1,33 @@
+"""What the doors of the ops share: what they take, and what they tell autograd."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# What every kernel computes on.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raises ValueError for a query that no attention kernel takes."""
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        raise ValueError(f"query: expected head_dim 16 to 256 in steps of 8, got {head_dim}")
+
+
+def check_scores(head_dim: int, scale: float | None, softcap: float | None) -> float:
+    """The scale of the scores, `head_dim ** -0.5` unless told; a bad one raises ValueError."""
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number > 0 or None, got {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
+    return scale
+
+
+def mark_written(*written: Tensor) -> None:
+    """Tells autograd, so that a backward pass through what was overwritten raises."""
+    if not torch.compiler.is_compiling():  # compiled code does that by itself
+        torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
