@@ -23,6 +23,17 @@ def _clean(x: Tensor, dead: Tensor) -> Tensor:
     return x.masked_fill(dead[:, :, None, None], 0)
 
 
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE under `mask` `[P, 1, queries, keys]`, in the dtype of the inputs."""
+    scores = _scores(query, key, scale, softcap).masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(3)
+    probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    value = value.repeat_interleave(query.shape[2] // value.shape[2], 2)
+    return torch.einsum("bhqk,bkhd->bqhd", probabilities, value), lse
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -45,13 +56,8 @@ def attention_forward(
     never_seen = ~mask.any(2)[:, 0]
     q = _clean(query.to(compute), ~mask.any(3)[:, 0])
     k, v = (_clean(x.to(compute), never_seen) for x in (key, value))
-    scores = _scores(q, k, scale, softcap).masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(3)
-    probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    v = v.repeat_interleave(query.shape[2] // key.shape[2], 2)
-    out = torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
-    lse_dtype = compute if compute == torch.float64 else torch.float32
-    return out.to(query.dtype).contiguous(), lse.to(lse_dtype)
+    out, lse = _attend(q, k, v, mask, scale, softcap)
+    return out.to(query.dtype).contiguous(), lse
 
 
 def attention_backward(
@@ -167,13 +173,8 @@ def cached_attention(
     dead = slot >= lengths[:, None]
     q = _clean(query.to(compute), blind)
     k, v = (_clean(x.transpose(1, 2).to(compute), dead) for x in (key_cache, value_cache))
-    scores = _scores(q, k, scale, softcap).masked_fill(~mask[:, None], -torch.inf)
-    lse = scores.logsumexp(3)
-    probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    v = v.repeat_interleave(query.shape[2] // key_cache.shape[1], 2)
-    out = torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
-    lse_dtype = compute if compute == torch.float64 else torch.float32
-    return out.to(query.dtype).contiguous(), lse.to(lse_dtype)
+    out, lse = _attend(q, k, v, mask[:, None], scale, softcap)
+    return out.to(query.dtype).contiguous(), lse
 
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
