@@ -1,8 +1,8 @@
 """Every `mem1::` schema, its fake, and which implementation serves it on which device.
 
-The extension `mem1_kernels._C` brings the CPU (and, built for it, CUDA) kernels; without it the
-CPU runs the plain-torch reference. Attention on CUDA runs Triton, or the reference where Triton
-is not installed. `python -m mem1_kernels.info` prints the outcome.
+The extension `mem1_kernels._C` brings the CPU (and, built for it, CUDA) kernels. What it lacks runs
+as plain-torch reference on the CPU, and on CUDA in Triton, or as the reference where Triton is not
+installed. `python -m mem1_kernels.info` prints the outcome.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 implementations: dict[tuple[str, str], str] = {}
 
 
-def _serve(op: str, device: str, fallback: Callable | None, fallback_name: str) -> None:
+def _serve(op: str, device: str, fallback: Callable, fallback_name: str) -> None:
     """Registers `fallback` for `op` on `device` unless the extension already serves it."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"mem1::{op}", device):
         implementations[op, device] = f"mem1_kernels._C (C++/{device})"
-    elif fallback is not None:
+    else:
         library.impl(op, fallback, device)
         implementations[op, device] = fallback_name
 
@@ -159,30 +159,24 @@ def _triton_prune_paged_kv_(
     )
 
 
-_serve("block_plan", "CPU", block_plan.build_lists, "plain torch")
-_serve("block_plan", "CUDA", block_plan.build_lists, "plain torch")
-_serve("window_floor", "CPU", trajectory.window_floor, "plain torch")
-_serve("window_floor", "CUDA", trajectory.window_floor, "plain torch")
-_serve("trajectory_attention_fwd", "CPU", _reference_fwd, "plain torch (no extension built)")
-_serve("trajectory_attention_bwd", "CPU", _reference_bwd, "plain torch (no extension built)")
-_serve("append_kv_", "CPU", reference.append_kv_, "plain torch (no extension built)")
-_serve("cached_attention", "CPU", _reference_cached_attention, "plain torch (no extension built)")
-_serve("prune_kv_", "CPU", reference.prune_kv_, "plain torch (no extension built)")
-_serve("prune_paged_kv_", "CPU", reference.prune_paged_kv_, "plain torch (no extension built)")
-if HAS_TRITON:
-    _serve("trajectory_attention_fwd", "CUDA", _triton_fwd, "Triton")
-    _serve("trajectory_attention_bwd", "CUDA", _triton_bwd, "Triton")
-    _serve("append_kv_", "CUDA", _triton_append_kv_, "Triton")
-    _serve("cached_attention", "CUDA", _triton_cached_attention, "Triton")
-    _serve("prune_kv_", "CUDA", _triton_prune_kv_, "Triton")
-    _serve("prune_paged_kv_", "CUDA", _triton_prune_paged_kv_, "Triton")
-else:
-    _serve("trajectory_attention_fwd", "CUDA", _reference_fwd, "plain torch (no Triton)")
-    _serve("trajectory_attention_bwd", "CUDA", _reference_bwd, "plain torch (no Triton)")
-    _serve("append_kv_", "CUDA", reference.append_kv_, "plain torch (no Triton)")
-    _serve("cached_attention", "CUDA", _reference_cached_attention, "plain torch (no Triton)")
-    _serve("prune_kv_", "CUDA", reference.prune_kv_, "plain torch (no Triton)")
-    _serve("prune_paged_kv_", "CUDA", reference.prune_paged_kv_, "plain torch (no Triton)")
+for _device in ("CPU", "CUDA"):
+    _serve("block_plan", _device, block_plan.build_lists, "plain torch")
+    _serve("window_floor", _device, trajectory.window_floor, "plain torch")
+
+_NO_COMPILED = "not in the extension" if HAS_EXTENSION else "no extension built"
+for _op, _in_torch, _in_triton in (
+    ("trajectory_attention_fwd", _reference_fwd, _triton_fwd),
+    ("trajectory_attention_bwd", _reference_bwd, _triton_bwd),
+    ("append_kv_", reference.append_kv_, _triton_append_kv_),
+    ("cached_attention", _reference_cached_attention, _triton_cached_attention),
+    ("prune_kv_", reference.prune_kv_, _triton_prune_kv_),
+    ("prune_paged_kv_", reference.prune_paged_kv_, _triton_prune_paged_kv_),
+):
+    _serve(_op, "CPU", _in_torch, f"plain torch ({_NO_COMPILED})")
+    if HAS_TRITON:
+        _serve(_op, "CUDA", _in_triton, "Triton")
+    else:
+        _serve(_op, "CUDA", _in_torch, "plain torch (no Triton)")
 
 
 @torch.library.register_fake("mem1::block_plan")
