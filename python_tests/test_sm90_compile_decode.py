@@ -136,7 +136,7 @@ def compile_all() -> dict[str, dict]:
         "BLOCK_D": 128,
         "BLOCK_ROWS": 16,
         "HAS_COUNTS": True,
-        "kv_heads": 4,
+        "KV_HEADS": 4,
     }
     caches = ("keys_ptr", "values_ptr", "key_cache_ptr", "value_cache_ptr")
     pointers = {**rows, **dict.fromkeys(caches, "i16")}

@@ -87,7 +87,7 @@ def append_kv_(
         *value_cache.stride()[:3],
         new_tokens,
         key_cache.shape[2],
-        kv_heads=kv_heads,
+        KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_ROWS=block_rows,

@@ -46,7 +46,7 @@ def _append_kernel(
     stride_vcs,
     new_tokens,
     capacity,
-    kv_heads: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -56,8 +56,8 @@ def _append_kernel(
     batch_row = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_D)
-    token = rows // kv_heads
-    head = (rows % kv_heads).to(tl.int64)
+    token = rows // KV_HEADS
+    head = (rows % KV_HEADS).to(tl.int64)
     slot = tl.load(lengths_ptr + batch_row) + token
     count = new_tokens
     if HAS_COUNTS:

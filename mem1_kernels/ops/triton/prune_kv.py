@@ -296,17 +296,19 @@ def _list_paged_moves(
     tokens = max_pages * page_size
     device = keep.device
     length = lengths[:, None].long()
-    torch._assert_async(((length >= 0) & (length <= min(keep.shape[1], tokens))).all())
+    capacity = min(keep.shape[1], tokens)
+    in_range = ((length >= 0) & (length <= capacity)).all()
+    torch._assert_async(in_range, f"lengths: expected 0 to {capacity} in every row")
     used_before = (length + page_size - 1) // page_size
     page = torch.arange(max_pages, device=device)
     in_use = page < used_before
     table = block_table.long().masked_fill(~in_use, 0)
-    torch._assert_async(((table >= 0) & (table < pages)).all())
+    exist = ((table >= 0) & (table < pages)).all()
+    torch._assert_async(exist, f"block_table: expected pages 0 to {pages - 1} in every row")
 
     token = torch.arange(tokens, device=device)
     alive = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
-    shown = min(tokens, keep.shape[1])
-    alive[:, :shown] = keep[:, :shown]
+    alive[:, :capacity] = keep[:, :capacity]
     alive &= token < length
     by_page = alive.view(batch, max_pages, page_size)
     survivors = by_page.sum(2)
