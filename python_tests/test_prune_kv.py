@@ -171,8 +171,6 @@ def test_attention_over_what_is_left_is_attention_over_the_survivors() -> None:
     torch.testing.assert_close(attend(query, keys[:, :, :n], values[:, :, :n]), expected)
 
 
-# --- Rotation -----------------------------------------------------------------------------------
-
 INV_FREQ = 1.0 / 1e4 ** (torch.arange(0, 64, 2) / 64)
 BUDGET = {torch.bfloat16: 2.5e-3, torch.float16: 3.2e-4, torch.float32: 1e-6}
 
@@ -262,16 +260,52 @@ def test_angles_stay_exact_at_any_distance(delta: int) -> None:
                    - float(inv_freq[i]) % (2 * math.pi)) < 1e-13  # fmt: skip
 
 
-def test_a_moved_key_is_the_key_of_its_new_position() -> None:
-    """As a Hugging Face Llama rotates it, from the same unrotated key."""
-    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
-    config = modeling.LlamaConfig(hidden_size=64, num_attention_heads=1, head_dim=64)
-    embedding = modeling.LlamaRotaryEmbedding(config)
+# Short contexts, so that some pairs of 64 elements are slowed down, some not, and some in part.
+MOVED = {
+    "default": {"rope_type": "default"},
+    "partial": {"rope_type": "default", "partial_rotary_factor": 0.5},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+    "yarn with a magnitude": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+        "attention_factor": 1.7,
+    },
+    "partial yarn with its own magnitude": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+        "partial_rotary_factor": 0.75,
+    },
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_moved_key_is_the_key_of_its_new_position(name: str) -> None:
+    """As a Hugging Face model rotates it, magnitude and all, from the same unrotated key."""
+    modeling = pytest.importorskip("transformers.models.phi.modeling_phi")
+    parameters = {"rope_theta": 1e4, "partial_rotary_factor": 1.0, **MOVED[name]}
+    config = modeling.PhiConfig(
+        hidden_size=64,
+        num_attention_heads=1,
+        max_position_embeddings=2048,
+        rope_parameters=dict(parameters),
+    )
+    embedding = modeling.PhiRotaryEmbedding(config)
+    assert (embedding.attention_scaling != 1) == ("magnitude" in name)
+    rope = Rope.from_parameters(parameters, 64)
     raw = torch.randn(1, 1, 40, 64, generator=torch.Generator().manual_seed(0))
 
     def rotated(positions: Tensor) -> Tensor:
         cos, sin = embedding(raw, positions[None])
-        return modeling.apply_rotary_pos_emb(raw, raw, cos, sin)[1]
+        turning, still = raw.tensor_split([cos.shape[-1]], -1)
+        return torch.cat((modeling.apply_rotary_pos_emb(turning, turning, cos, sin)[1], still), -1)
 
     keep = torch.ones(1, 40, dtype=torch.bool)
     keep[0, 10:25] = False
@@ -281,9 +315,8 @@ def test_a_moved_key_is_the_key_of_its_new_position() -> None:
     lengths = torch.tensor([40], dtype=torch.int32)
     delta = (new - old)[None].to(torch.int32)
     prune_kv_(
-        [key], [key.clone()], lengths, keep, slots=[positions], position_delta=delta,
-        rope=Rope(embedding.inv_freq),
-    )  # fmt: skip
+        [key], [key.clone()], lengths, keep, slots=[positions], position_delta=delta, rope=rope
+    )
     source = positions[0, :25]
     error = (key[:, :, :25] - rotated(new)[:, :, source]).abs().max()
     assert error < 1e-5
@@ -366,8 +399,6 @@ for dtype in DTYPES:
     assert result.returncode == 0, result.stderr
 
 
-# --- Rope ---------------------------------------------------------------------------------------
-
 PARAMETERS = [
     {"rope_type": "default", "rope_theta": 1e6},
     {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
@@ -414,6 +445,12 @@ def test_frequencies_are_those_of_the_model(parameters: dict[str, float]) -> Non
     torch.testing.assert_close(got, expected, rtol=3e-7, atol=0)
 
 
+def test_several_position_axes_have_the_plain_frequencies() -> None:
+    parameters = {"rope_type": "mrope", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    plain = Rope.from_parameters({"rope_theta": 1e6}, 128)
+    assert torch.equal(Rope.from_parameters(parameters, 128).inv_freq, plain.inv_freq)
+
+
 def test_partial_rotary_factor_and_old_spelling() -> None:
     parameters = {"type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.25}
     got = Rope.from_parameters(parameters, 80, layout="interleaved")
@@ -427,6 +464,7 @@ def test_partial_rotary_factor_and_old_spelling() -> None:
         ({"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}, "'dynamic' is no rotation"),
         ({"rope_theta": 1e4, "rope_type": "longrope"}, "'longrope' is no rotation"),
         ({"rope_theta": 1e4, "rope_type": "new"}, "'new' is no rotation"),
+        ({"rope_theta": 1e4, "rope_type": "new"}, "known: default, mrope, linear, llama3, yarn"),
         ({"rope_theta": 1e4, "rope_type": "linear"}, "linear needs factor"),
         ({"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}, "yarn needs original_max"),
         ({}, "rope_theta is missing"),
@@ -453,9 +491,6 @@ def test_what_is_no_fixed_rotation_raises(parameters: dict, words: str) -> None:
 def test_rope_errors(inv_freq: object, layout: str, error: type, words: str) -> None:
     with pytest.raises(error, match=words):
         Rope(inv_freq, layout)
-
-
-# --- Errors -------------------------------------------------------------------------------------
 
 
 def good_call() -> dict:
@@ -731,9 +766,6 @@ def test_memory_check_against_marked_bytes() -> None:
     )
 
 
-# --- Paged --------------------------------------------------------------------------------------
-
-
 def gather_paged(x: Tensor, layout: str, table: Tensor, length: int) -> Tensor:
     """A row's tokens `[tokens, heads, dim]` through its table."""
     x = x if layout == "NHD" else x.transpose(1, 2)
@@ -973,6 +1005,26 @@ def test_bad_paged_calls_raise_and_write_nothing(name: str) -> None:
         prune_paged_kv_(*positional, **arguments)
     for x, y in zip(tensors, before, strict=True):
         assert_same_bytes(x, y, name)
+
+
+@pytest.mark.parametrize(
+    ("argument", "index", "value", "words"),
+    [
+        ("lengths", (0,), 13, "lengths: expected 0 to 12"),
+        ("lengths", (1,), -1, "lengths: expected 0 to 12"),
+        ("block_table", (1, 1), 6, "block_table: expected pages 0 to 5"),
+    ],
+)
+def test_paged_in_triton_names_what_is_out_of_range(
+    argument: str, index: tuple[int, ...], value: int, words: str
+) -> None:
+    pytest.importorskip("triton")
+    from mem1_kernels.ops.triton import prune_kv
+
+    arguments = good_paged_call()
+    arguments[argument] = edited(index, value)(arguments[argument])
+    with pytest.raises(RuntimeError, match=words):
+        prune_kv.prune_paged_kv_(**arguments)
 
 
 def test_paged_results_go_where_they_are_wanted() -> None:

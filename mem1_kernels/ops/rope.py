@@ -74,8 +74,9 @@ class Rope:
     ) -> Rope:
         """From one kind of layer's `config.rope_parameters`, as Hugging Face models have it.
 
-        Knows the `rope_type`s "default", "linear", "llama3" and "yarn", computed in float32 as the
-        models do. Where a model is at hand, its own `inv_freq` buffer is the safer source.
+        Knows the `rope_type`s "default", "mrope" (the same: several position axes, which must all
+        shift by one number), "linear", "llama3" and "yarn", computed in float32 as the models do.
+        Where a model is at hand, its own `inv_freq` buffer is the safer source.
 
         Args:
             parameters: with `rope_theta`, `rope_type` ("default" if left out), perhaps
@@ -129,7 +130,8 @@ def _inv_freq(kind: str, parameters: Mapping[str, Any], rotary_dim: int) -> Tens
         return _yarn(base, exponent, parameters, rotary_dim)
     raise ValueError(
         f"parameters: rope_type {kind!r} is no rotation by a fixed angle a position that is known "
-        "here; known: default, linear, llama3, yarn (a fixed inv_freq can be given to Rope itself)"
+        "here; known: default, mrope, linear, llama3, yarn (a fixed inv_freq can be given to Rope "
+        "itself)"
     )
 
 
