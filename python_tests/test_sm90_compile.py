@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mem1_kernels.ops.triton.attention_configs import FLOAT_32, HOPPER_16_BIT
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 SHARED_LIMIT = {90: 232448, 80: 166912, 89: 101376}
@@ -62,6 +64,14 @@ def test_shipped_configurations(name, dtype, head_dims):
     check(rows, len(head_dims) + (wide if name == "dkdv" else 0))
 
 
+@pytest.mark.parametrize("name", ["fwd", "dkdv", "dq"])
+@pytest.mark.parametrize(("dtype", "table"), [("bf16", HOPPER_16_BIT), ("fp32", FLOAT_32)])
+def test_every_candidate_at_the_head_dim_of_its_row(name, dtype, table):
+    rows = compile_rows("--candidates", "--passes", name, "--dtypes", dtype, "--head-dims", *table)
+    launches = {head_dim: 2 if name == "dkdv" and head_dim > 128 else 1 for head_dim in table}
+    check(rows, sum(launches[head_dim] * len(table[head_dim][name]) for head_dim in table))
+
+
 def test_streaming_kernels():
     shapes = ("--dtypes", "bf16", "fp32", "--head-dims", 80, 256)
     check(compile_rows("--passes", "preprocess", "sum", *shapes), 8)
@@ -75,6 +85,6 @@ def test_floor_and_softcap(name):
 
 @pytest.mark.parametrize("capability", [80, 89])
 def test_other_gpus(capability):
-    shapes = ("--dtypes", "bf16", "--head-dims", 128)
+    shapes = ("--dtypes", "bf16", "--head-dims", 128, 256)
     rows = compile_rows("--capability", capability, "--passes", "fwd", "dkdv", "dq", *shapes)
-    check(rows, 3, capability)
+    check(rows, 7, capability)
