@@ -1,7 +1,7 @@
 """What a wrong mask in the trainer costs: `python -m bench.mask_ablation`.
 
-Three PPO runs on the chain task from one warm start by a forgetful teacher. Rollouts are the same
-in all: exact, on a pruned cache. Only the forward pass of the trainer differs:
+Three PPO runs on the chain task from one checkpoint, whose warm start by a forgetful teacher was
+exact. Rollouts are exact in all, on a pruned cache. Only the forward pass of the trainer differs:
 
 - exact: a token sees what it saw when it was sampled;
 - release: the mask that the released MEM1 trainer means to build (a state does not see the one
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,12 @@ def main() -> None:
         trackers="",
     )
     for seed in range(options.seeds):
+        start = Path(options.work) / f"start-{seed}"
+        train(replace(config, seed=seed, out=str(start), steps=0, save_every=1))
         for name, forward in MASKS.items():
-            out = f"{options.work}/{name.replace(' ', '_')}-{seed}"
-            run = train(replace(config, seed=seed, out=out), attend=forward)
+            out = start.with_name(f"{name.replace(' ', '_')}-{seed}")
+            shutil.copytree(start, out)
+            run = train(replace(config, seed=seed, out=str(out), resume=True), attend=forward)
             curves[name].append(run.rewards)
             gaps[name].append(run.history[0]["log_prob_gap_mean"])
             first, last = run.rewards[0], run.rewards[-1]
