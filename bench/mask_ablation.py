@@ -1,7 +1,7 @@
 """What a wrong mask in the trainer costs: `python -m bench.mask_ablation`.
 
-Three PPO runs on the chain task from one checkpoint, whose warm start by a forgetful teacher was
-exact. Rollouts are exact in all, on a pruned cache. Only the forward pass of the trainer differs:
+PPO on the chain task behind a warm start by a forgetful teacher. Rollouts are exact in all runs, on
+a pruned cache. Only the forward pass of the trainer differs:
 
 - exact: a token sees what it saw when it was sampled;
 - release: the mask that the released MEM1 trainer means to build (a state does not see the one
@@ -10,8 +10,10 @@ exact. Rollouts are exact in all, on a pruned cache. Only the forward pass of th
   scores, which masks nothing: every token sees its whole trajectory, the future included.
 
 Everything else is equal, and the old log-probs come from the same wrong pass, so no ratio shows
-that anything is wrong; only the rollout's own log-probs do. The task is chosen to need the state,
-so the damage is clear; it does not say how much a language model on real questions would lose.
+that anything is wrong; only the rollout's own log-probs do. Once all runs go on from one warm start
+that was exact, so that PPO alone is under the mask; and once the warm start is under it too, as
+where one trainer does both. The task is chosen to need the state, so the damage is clear; it does
+not say how much a language model on real questions would lose.
 """
 
 from __future__ import annotations
@@ -74,22 +76,30 @@ MASKS = {"exact": attend, "release": attend_release, "as released": attend_as_re
 COLOURS = {"exact": "#2a9d8f", "release": "#e9a23b", "as released": "#c8553d"}
 
 
-def plot(curves: dict[str, list[list[float]]], path: Path) -> None:
+Curves = dict[str, dict[str, list[list[float]]]]
+"""Warm start -> mask -> rewards of each seed's run, step by step."""
+
+WARM_STARTS = {"exact": "exact warm start, PPO under the mask", "own": "both under the mask"}
+
+
+def plot(curves: Curves, path: Path) -> None:
     """Mean reward over the steps for each mask, and each seed's as a thin line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(curves), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for name, runs in curves.items():
-        for rewards in runs:
-            axes.plot(rewards, color=COLOURS[name], linewidth=0.6, alpha=0.6)
-        mean = torch.tensor(runs).mean(0).tolist()
-        axes.plot(mean, color=COLOURS[name], linewidth=2, label=name)
-    axes.set(xlabel="PPO step", ylabel="mean reward", ylim=(0, 1.02))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="mask of the trainer", frameon=False)
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for axes, (start, masks) in zip(panels, curves.items(), strict=True):
+        for name, runs in masks.items():
+            for rewards in runs:
+                axes.plot(rewards, color=COLOURS[name], linewidth=0.6, alpha=0.6)
+            mean = torch.tensor(runs).mean(0).tolist()
+            axes.plot(mean, color=COLOURS[name], linewidth=2, label=name)
+        axes.set(title=WARM_STARTS[start], xlabel="PPO step", ylim=(0, 1.02))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("mean reward")
+    panels[0].legend(title="mask of the trainer", frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -97,12 +107,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/chain.toml")
     parser.add_argument("--steps", type=int, default=20, help="PPO steps a run [20]")
-    parser.add_argument("--seeds", type=int, default=1, help="runs a mask [1]")
+    parser.add_argument("--seeds", type=int, default=1, help="runs a mask and warm start [1]")
+    parser.add_argument("--warm-starts", nargs="+", choices=WARM_STARTS, default=[*WARM_STARTS])
     parser.add_argument("--work", default="out/mask_ablation", help="folder for the runs")
     parser.add_argument("--out", default="bench/results/cpu", help="folder for JSON and plot")
     options = parser.parse_args()
-    curves: dict[str, list[list[float]]] = {name: [] for name in MASKS}
-    gaps: dict[str, list[float]] = {name: [] for name in MASKS}
+    curves: Curves = {start: {name: [] for name in MASKS} for start in options.warm_starts}
+    gaps: Curves = {start: {name: [] for name in MASKS} for start in options.warm_starts}
     config = read_config(
         options.config,
         steps=options.steps,
@@ -111,24 +122,31 @@ def main() -> None:
         eval_every=0,
         trackers="",
     )
-    for seed in range(options.seeds):
-        start = Path(options.work) / f"start-{seed}"
-        train(replace(config, seed=seed, out=str(start), steps=0, save_every=1))
-        for name, forward in MASKS.items():
-            out = start.with_name(f"{name.replace(' ', '_')}-{seed}")
-            shutil.copytree(start, out)
-            run = train(replace(config, seed=seed, out=str(out), resume=True), attend=forward)
-            curves[name].append(run.rewards)
-            gaps[name].append(run.history[0]["log_prob_gap_mean"])
-            first, last = run.rewards[0], run.rewards[-1]
-            print(f"{name:12} seed {seed}: reward {first:.3f} -> {last:.3f}", flush=True)
+    for start in options.warm_starts:
+        for seed in range(options.seeds):
+            work = Path(options.work) / f"{start}-{seed}"
+            begin = replace(config, seed=seed, out=str(work / "start"), steps=0, save_every=1)
+            if start == "exact":
+                train(begin)
+            for name, forward in MASKS.items():
+                if start == "own":
+                    begin = replace(begin, out=str(work / f"start {name}"))
+                    train(begin, attend=forward)
+                out = work / name
+                shutil.copytree(begin.out, out)
+                resumed = replace(config, seed=seed, out=str(out), resume=True)
+                run = train(resumed, attend=forward)
+                curves[start][name].append(run.rewards)
+                gaps[start][name].append([record["log_prob_gap_mean"] for record in run.history])
+                first, last = run.rewards[0], run.rewards[-1]
+                print(f"{start:6} {name:12} seed {seed}: {first:.3f} -> {last:.3f}", flush=True)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "environment": environment("cpu"),
         "config": options.config,
         "rewards": curves,
-        "first_mean_log_prob_gap": gaps,
+        "mean_log_prob_gap": gaps,
     }
     (out / "mask_ablation.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(curves, out / "mask_ablation.png")

@@ -78,9 +78,11 @@ def test_streaming_kernels():
 
 
 @pytest.mark.parametrize("name", ["fwd", "dkdv", "dq"])
-def test_floor_and_softcap(name):
-    shapes = ("--dtypes", "bf16", "--head-dims", 64, 128, 256)
-    check(compile_rows("--passes", name, *shapes, "--all-flags"), 3 + (name == "dkdv"))
+@pytest.mark.parametrize(("dtype", "head_dims"), [("bf16", (64, 128, 256)), ("fp32", (16, 128))])
+def test_floor_and_softcap(name, dtype, head_dims):
+    shapes = ("--dtypes", dtype, "--head-dims", *head_dims)
+    rows = compile_rows("--passes", name, *shapes, "--all-flags")
+    check(rows, len(head_dims) + (name == "dkdv" and 256 in head_dims))
 
 
 @pytest.mark.parametrize("capability", [80, 89])
