@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench.timing import measure, print_row, write_results
 from mem1_kernels import BlockPlan, Segment, Trajectory, pack, trajectory_attention, visible
-from mem1_kernels.trajectory import visible_pairs
+from mem1_kernels.mask import visible_pairs
 
 DENSE_LIMIT = {"cpu": 8192, "cuda": 32768}
 """Tokens above which a tokens x tokens mask is not tried."""

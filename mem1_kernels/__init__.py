@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mem1_kernels.block_plan import BlockPlan
+from mem1_kernels.mask import visible
 from mem1_kernels.ops.attention import trajectory_attention
 from mem1_kernels.trajectory import (
     Layout,
@@ -15,7 +16,6 @@ from mem1_kernels.trajectory import (
     mem1_release,
     pack,
     unroll,
-    visible,
 )
 
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mem1_kernels.trajectory import check_expiry
+from mem1_kernels.mask import check_expiry
 
 BLOCK = 128
 """Tokens on each side of a plan's tile. Kernels may cut a tile into smaller ones."""

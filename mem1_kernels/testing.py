@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mem1_kernels.trajectory import Retention, Segment, Trajectory, mem1, visible
+from mem1_kernels.mask import visible
+from mem1_kernels.trajectory import Retention, Segment, Trajectory, mem1
 
 
 def turns(

@@ -30,8 +30,8 @@ from mem1_kernels import (  # noqa: E402
     unroll,
     visible,
 )
+from mem1_kernels.mask import windowed  # noqa: E402
 from mem1_kernels.testing import turns  # noqa: E402
-from mem1_kernels.trajectory import windowed  # noqa: E402
 
 VOCABULARY = 48
 WINDOW = 9

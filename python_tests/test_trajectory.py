@@ -22,8 +22,9 @@ from mem1_kernels import (
     unroll,
     visible,
 )
+from mem1_kernels.mask import visible_pairs
 from mem1_kernels.testing import turns
-from mem1_kernels.trajectory import retained, visible_pairs
+from mem1_kernels.trajectory import retained
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "mem1_release_masks.json").read_text())
 

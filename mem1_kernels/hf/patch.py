@@ -18,8 +18,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from mem1_kernels.block_plan import BlockPlan
 from mem1_kernels.hf.cache import TrajectoryCache
+from mem1_kernels.mask import windowed
 from mem1_kernels.ops.attention import trajectory_attention
-from mem1_kernels.trajectory import windowed
 
 NAME = "mem1"
 """The name under which transformers knows this attention."""

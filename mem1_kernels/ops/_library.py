@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mem1_kernels import block_plan, trajectory
+from mem1_kernels import block_plan, mask
 from mem1_kernels.ops import reference
 
 library = torch.library.Library("mem1", "DEF")
@@ -161,7 +161,7 @@ def _triton_prune_paged_kv_(
 
 for _device in ("CPU", "CUDA"):
     _serve("block_plan", _device, block_plan.build_lists, "plain torch")
-    _serve("window_floor", _device, trajectory.window_floor, "plain torch")
+    _serve("window_floor", _device, mask.window_floor, "plain torch")
 
 _NO_COMPILED = "not in the extension" if HAS_EXTENSION else "no extension built"
 for _op, _in_torch, _in_triton in (

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mem1_kernels.block_plan import BlockPlan
+from mem1_kernels.mask import check_expiry
 from mem1_kernels.ops import _library  # noqa: F401  registers the operators
 from mem1_kernels.ops._checks import DTYPES, check_head_dim, check_scores
-from mem1_kernels.trajectory import check_expiry
 
 
 class _TrajectoryAttention(torch.autograd.Function):

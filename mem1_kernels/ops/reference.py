@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mem1_kernels.trajectory import visible
+from mem1_kernels.mask import visible
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, softcap: float) -> Tensor:
