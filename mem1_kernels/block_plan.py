@@ -42,7 +42,8 @@ class BlockPlan:
     every later token sees does not become one program that outlasts all others.
 
     Memory: 4 n(n+1) + O(n) bytes a layout for the lists, whatever the layout: 4.2 MB at 128K
-    tokens, 0.27 MB at 32K.
+    tokens, 0.27 MB at 32K. Building it took 0.6 ms at 8K, 2.3 ms at 32K and 34 ms at 128K tokens
+    on two CPU cores; on a GPU it has not been measured.
     """
 
     expiry: Tensor
@@ -135,7 +136,7 @@ def build_lists(expiry: Tensor, floor: Tensor | None) -> Tensor:
     """
     full, any_visible = _classify(expiry, floor)
     rows = _lists(full, any_visible)
-    columns = _lists(full.mT, any_visible.mT)
+    columns = _lists(full.mT.contiguous(), any_visible.mT.contiguous())
     parts = [part.flatten() for part in (*rows, *columns, *_work_items(*columns))]
     padded = [torch.nn.functional.pad(x, (0, aligned(len(x)) - len(x))) for x in parts]
     return torch.cat(padded)
@@ -171,13 +172,11 @@ def _classify(expiry: Tensor, floor: Tensor | None) -> tuple[Tensor, Tensor]:
 def _lists(full: Tensor, any_visible: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(order, offsets, partial, tiles) of the lists along the last axis."""
     layouts, n, _ = full.shape
-    partial = any_visible & ~full
-    partial_count, full_count = partial.sum(2), full.sum(2)
-    counts = partial_count + full_count
-    offsets = torch.nn.functional.pad(counts.cumsum(1), (1, 0))
-    rank = torch.where(
-        partial, partial.cumsum(2) - 1, partial_count[:, :, None] + full.cumsum(2) - 1
-    )
+    partial_rank = (any_visible & ~full).cumsum(2, dtype=torch.int32)
+    full_rank = full.cumsum(2, dtype=torch.int32)
+    partial_count, full_count = partial_rank[:, :, -1], full_rank[:, :, -1]
+    offsets = torch.nn.functional.pad((partial_count + full_count).cumsum(1), (1, 0))
+    rank = torch.where(full, partial_count[:, :, None] + full_rank, partial_rank) - 1
     # Entries of no list go to one spare place behind the buffer, which is cut off.
     capacity = n * (n + 1) // 2
     place = torch.where(any_visible, offsets[:, :-1, None] + rank, capacity).reshape(layouts, n * n)
