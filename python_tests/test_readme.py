@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from bench.report import FILES, filled
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -15,3 +17,8 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
+
+
+def test_the_tables_are_those_of_the_results():
+    for path, tables in FILES.items():
+        assert path.read_text() == filled(path.read_text(), tables), "run: python -m bench.report"
