@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mem1_kernels.mask import check_expiry
+from mem1_kernels.mask import check_expiry, saturated
 
 BLOCK = 128
 """Tokens on each side of a plan's tile. Kernels may cut a tile into smaller ones."""
@@ -52,7 +52,7 @@ class BlockPlan:
 
     @staticmethod
     def from_expiry(expiry: Tensor, floor: Tensor | None = None) -> BlockPlan:
-        """Plans a layout, on the device of `expiry`, without a host sync.
+        """Plans a layout, on the device of `expiry`, without a host sync. It keeps copies of both.
 
         Args:
             expiry: int32 or int64 `[tokens]`, or `[batch, tokens]` for rows of different layouts.
@@ -69,9 +69,9 @@ class BlockPlan:
         check_expiry(expiry, floor)
         if expiry.shape[-1] == 0:
             raise ValueError("expiry: expected at least one token, got none")
-        expiry = torch.atleast_2d(expiry).to(torch.int32).contiguous()
+        expiry = saturated(torch.atleast_2d(expiry))
         if floor is not None:
-            floor = torch.atleast_2d(floor).to(torch.int32).contiguous()
+            floor = saturated(torch.atleast_2d(floor))
         return BlockPlan(expiry, floor, torch.ops.mem1.block_plan(expiry, floor))
 
     @property

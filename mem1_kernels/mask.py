@@ -32,6 +32,18 @@ def check_expiry(expiry: Tensor, floor: Tensor | None) -> None:
         raise ValueError(f"floor: expected on {expiry.device} like expiry, got {floor.device}")
 
 
+def saturated(values: Tensor) -> Tensor:
+    """A copy in int32, contiguous, in which what is too large or too small for it is its extreme.
+
+    >>> saturated(torch.tensor([3, 2**40])).tolist()
+    [3, 2147483647]
+    """
+    limits = torch.iinfo(torch.int32)
+    if values.dtype != torch.int32:
+        values = values.clamp(limits.min, limits.max)
+    return values.to(torch.int32, copy=True).contiguous()
+
+
 def visible(expiry: Tensor, floor: Tensor | None = None) -> Tensor:
     """The mask itself, dense: for small layouts, tests and pictures.
 
@@ -104,11 +116,11 @@ def windowed(
             f"position_ids: expected on {expiry.device} like expiry, got {position_ids.device}"
         )
     shape = torch.broadcast_shapes(expiry.shape, position_ids.shape)
-    expiry, position_ids = expiry.int().expand(shape), position_ids.expand(shape)
+    expiry, position_ids = saturated(expiry).expand(shape), position_ids.long().expand(shape)
     first = torch.ops.mem1.window_floor(
-        torch.atleast_2d(expiry), torch.atleast_2d(position_ids), window
+        torch.atleast_2d(expiry), torch.atleast_2d(position_ids), min(window, 2**62)
     ).view(shape)
-    return expiry, first if floor is None else torch.maximum(first, floor.int())
+    return expiry, first if floor is None else torch.maximum(first, saturated(floor))
 
 
 def window_floor(expiry: Tensor, position_ids: Tensor, window: int) -> Tensor:

@@ -7,7 +7,8 @@ trainer will see: equal to those that were sampled from, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -99,6 +100,7 @@ class TrajectoryRollout:
         ordered: keep the slots' order when pruning.
 
     Raises:
+        TypeError: stops that are no integers or strings.
         ValueError: an argument out of its range, or stop_strings without a tokenizer.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -136,8 +138,9 @@ class TrajectoryRollout:
         for name, value in (("max_turns", max_turns), ("max_new_tokens", max_new_tokens)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if temperature < 0:
-            raise ValueError(f"temperature: expected 0 or more, got {temperature}")
+        _check_temperature(temperature)
+        stop_ids = read_ids("stop_ids", stop_ids)
+        check_stop_strings(stop_strings)
         if stop_strings and tokenizer is None:
             raise ValueError("stop_strings: need a tokenizer, got none")
         self.model = model
@@ -172,12 +175,12 @@ class TrajectoryRollout:
             on_tokens: called with a row and the ids just sampled in it, while a turn is written.
 
         Raises:
-            ValueError: no prompts or an empty one, replies for the wrong number of rows, or a
-                policy that drops inside a turn, takes back a drop, or hides with a floor what the
-                cache still holds.
+            TypeError: a prompt or a reply that is no sequence of integers.
+            ValueError: no prompts or an empty one, ids outside the vocabulary, replies for another
+                number of rows, or a policy that drops inside a turn, takes back a drop, or hides
+                with a floor what the cache still holds.
         """
-        check_prompts(prompts)
-        rows = [_CachedRow(self, index, list(prompt)) for index, prompt in enumerate(prompts)]
+        rows = [_CachedRow(self, index, ids) for index, ids in enumerate(read_prompts(prompts))]
         was_training = self.model.training
         self.model.eval()
         try:
@@ -329,12 +332,13 @@ class Row:
         self.add(Segment("action", token_ids[state:], number, self.depth))
         self.turns.append(Turn(self.index, number, token_ids, closed, self.depth))
 
-    def observation(self, token_ids: Sequence[int]) -> Segment:
+    def observation(self, observed: Sequence[int]) -> Segment:
         """The observation behind the last turn, which is to be dropped before, and then added."""
         turn = self.turns[-1]
         if self.depth_of is not None:
             self.depth = self.depth_of(turn)
-        return Segment("info", [int(token) for token in token_ids], turn.number, self.depth)
+        ids = read_ids(f"respond, row {self.index}", observed)
+        return Segment("info", ids, turn.number, self.depth)
 
     def add(self, segment: Segment) -> None:
         """Takes over a segment, alive."""
@@ -370,10 +374,46 @@ class Row:
         return Rollout(trajectory, log_probs, self.positions, self.peak_tokens, self.turns)
 
 
-def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError unless there is a prompt, and each has a token."""
-    if not prompts or not all(len(prompt) for prompt in prompts):
+def read_ids(name: str, values: Any) -> list[int]:
+    """A sequence, tensor or array of integers as a list.
+
+    Raises:
+        TypeError: anything else.
+    """
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(listed, str) or not isinstance(listed, (Sequence, Set)):
+        raise TypeError(f"{name}: expected token ids, got {type(values).__name__}")
+    try:
+        return [operator.index(value) for value in listed]
+    except TypeError:
+        raise TypeError(f"{name}: expected integer token ids, got {values!r}") from None
+
+
+def read_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts' ids.
+
+    Raises:
+        TypeError: prompts that are no sequences of integers.
+        ValueError: no prompts, or an empty one.
+    """
+    read = [read_ids("prompts", prompt) for prompt in prompts]
+    if not read or not all(read):
         raise ValueError("prompts: expected at least one, and none of them empty")
+    return read
+
+
+def check_stop_strings(stop_strings: Sequence[str]) -> None:
+    """Raises TypeError or ValueError unless they are strings, none of them empty."""
+    if isinstance(stop_strings, str):
+        raise TypeError("stop_strings: expected a sequence of strings, got one string")
+    for stop in stop_strings:
+        if not isinstance(stop, str) or not stop:
+            raise ValueError(f"stop_strings: expected strings that are not empty, got {stop!r}")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature >= 0:
+        raise ValueError(f"temperature: expected 0 or more, got {temperature}")
 
 
 def ask(
@@ -418,6 +458,7 @@ class _Driver:
         self.rows = rows
         self.model = rollout.model
         self.device = next(self.model.parameters()).device
+        self.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         self.cache = TrajectoryCache(
             self.model, batch_size=len(rows), capacity=rollout.capacity, ordered=rollout.ordered
         )
@@ -429,6 +470,12 @@ class _Driver:
         if self.keep is not None:
             self.cache.prune_(keep=self.keep)
             self.keep = None
+        for row in self.rows:
+            if row.pending and not 0 <= min(row.pending) <= max(row.pending) < self.vocabulary:
+                raise ValueError(
+                    f"row {row.index}: expected token ids from 0 to {self.vocabulary - 1}, "
+                    f"got {min(row.pending)} to {max(row.pending)}"
+                )
         counts = torch.tensor([len(row.pending) for row in self.rows])
         width = int(counts.max())
         if width == 0:
@@ -552,8 +599,10 @@ def score(model: Any, layout: Layout, *, temperature: float = 1.0) -> Tensor:
         float32 `[tokens]`, 0 where nothing was generated.
 
     Raises:
-        ValueError: the layout has no token ids, or a generated token that nothing predicts.
+        ValueError: the layout has no token ids, or a generated token that nothing predicts; a
+            temperature < 0.
     """
+    _check_temperature(temperature)
     if layout.token_ids is None:
         raise ValueError("layout: has no token ids; its segments were given as counts")
     generated = layout.loss_mask.nonzero().flatten()

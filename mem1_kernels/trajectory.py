@@ -7,12 +7,13 @@ token an expiry, which is the whole mask (see `mem1_kernels.mask`).
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Segment:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
-        if isinstance(self.tokens, int):
+        if isinstance(self.tokens, int) and not isinstance(self.tokens, bool):
             if self.tokens < 0:
                 raise ValueError(f"tokens: expected a count >= 0, got {self.tokens}")
             count, ids = self.tokens, None
@@ -63,8 +64,10 @@ class Segment:
             if not isinstance(values, (list, tuple, range)):
                 got = type(values).__name__
                 raise ValueError(f"tokens: expected a count or a 1-D sequence of ids, got {got}")
-            if not all(isinstance(token, int) for token in values):
+            if not all(type(token) is int for token in values):
                 raise ValueError("tokens: expected integer ids, got another type among them")
+            if values and min(values) < 0:
+                raise ValueError(f"tokens: expected ids >= 0, got {min(values)}")
             count, ids = len(values), tuple(values)
         object.__setattr__(self, "num_tokens", count)
         object.__setattr__(self, "ids", ids)
@@ -198,6 +201,7 @@ def retained(
     """Asks `retention` and checks its answer: (expires, floors or None), as segment indices.
 
     Raises:
+        TypeError: an answer that is no list of integers, or two of them.
         ValueError: an answer of the wrong length, a segment that expires before it ends, or a floor
             behind its own segment.
 
@@ -207,10 +211,13 @@ def retained(
     name = getattr(retention, "__name__", repr(retention))
     answer = retention(segments)
     floors: list[int] | None = None
-    if len(answer) == 2 and not isinstance(answer[0], int):
-        expires, floors = (list(part) for part in answer)  # type: ignore[arg-type]
-    else:
-        expires = list(answer)  # type: ignore[arg-type]
+    try:
+        if len(answer) == 2 and not hasattr(answer[0], "__index__"):
+            expires, floors = ([operator.index(i) for i in cast(Any, part)] for part in answer)
+        else:
+            expires = [operator.index(cast(Any, i)) for i in answer]
+    except TypeError as error:
+        raise TypeError(f"{name}: expected a list of segment indices, or two ({error})") from None
     count = len(segments)
     for label, values in (("expires", expires), ("floors", floors)):
         if values is not None and len(values) != count:
@@ -245,7 +252,7 @@ class Layout:
         position_ids    int64  RoPE positions
         loss_mask       bool   tokens that the policy generated
         predecessor     int64  the token whose logits predict this one (-1: none does)
-        document        int64  which of the packed trajectories it belongs to
+        document        int64  which of the `num_documents` packed trajectories it belongs to
         source          int64  its index in those trajectories laid behind each other, so that
                                `torch.cat(per_trajectory_values)[source]` puts values in this order
         token_ids       int64  or None where the segments were given as counts
@@ -267,6 +274,7 @@ class Layout:
         loss_mask: Tensor,
         predecessor: Tensor,
         document: Tensor,
+        num_documents: int,
         source: Tensor,
         source_tokens: int,
         token_ids: Tensor | None,
@@ -279,6 +287,7 @@ class Layout:
         self.loss_mask = loss_mask
         self.predecessor = predecessor
         self.document = document
+        self.num_documents = num_documents
         self.source = source
         self.source_tokens = source_tokens
         self.token_ids = token_ids
@@ -287,8 +296,8 @@ class Layout:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({self.num_tokens} tokens, {int(self.document.max()) + 1} "
-            f"document(s), {int(self.loss_mask.sum())} in the loss, positions={self.positions!r})"
+            f"{type(self).__name__}({self.num_tokens} tokens, {self.num_documents} document(s), "
+            f"{int(self.loss_mask.sum())} in the loss, positions={self.positions!r})"
             if self.num_tokens
             else f"{type(self).__name__}(0 tokens)"
         )
@@ -382,6 +391,7 @@ class Trajectory(Layout):
             loss_mask=per_token([segment.role in GENERATED for segment in segments]),
             predecessor=index - 1,
             document=torch.zeros_like(index),
+            num_documents=1,
             source=index,
             source_tokens=tokens,
             token_ids=_join_ids(segments),
@@ -491,11 +501,12 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
             ]
             branch += member.num_tokens - shared
             source_base += member.source_tokens
-            document_base += int(member.document.max()) + 1 if member.num_tokens else 1
+            document_base += member.num_documents
         base = group_stop
     fields = {name: torch.cat(values) if values else None for name, values in parts.items()}
     return Layout(
         **fields,  # type: ignore[arg-type]
+        num_documents=document_base,
         source_tokens=source_base,
         spans=tuple(spans),
         positions=members[0].positions,
@@ -606,6 +617,7 @@ def unroll(trajectory: Trajectory) -> Layout:
         loss_mask=torch.cat(loss_mask),
         predecessor=torch.cat(before),
         document=torch.zeros_like(where),
+        num_documents=1,
         source=where,
         source_tokens=trajectory.num_tokens,
         token_ids=None if ids is None else ids[where],

@@ -64,6 +64,29 @@ def test_a_failing_tool_ends_its_episode_and_not_the_run(workers, error, caplog)
     assert [step.done for step in batch.step([SEARCH, None, SEARCH]) if step] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (("x", None, False), "TypeError: "),
+        (("x", "1", False), "ValueError: reward: expected a finite number, got '1'"),
+        (("x", float("nan"), False), "ValueError: reward: expected a finite number, got nan"),
+        (("x", 0.0, None), "TypeError: done: expected True or False, got None"),
+        (("x", 0.0, True, [1.0]), "TypeError: scores: expected a mapping, got list"),
+        (([1, 2], 0.0, False), "TypeError: observation: expected str, got list"),
+    ],
+)
+def test_a_step_that_makes_no_sense_ends_its_own_episode(answer, message):
+    class Broken(Countdown):
+        def step(self, turn):
+            return answer if self.task == 1 else super().step(turn)
+
+    batch = EnvironmentBatch(Broken)
+    batch.reset([1, 3])
+    batch.step([SEARCH, SEARCH])
+    assert batch.episodes[0].error.startswith(message) and batch.episodes[0].reward == 0.0
+    assert batch.active == [1]
+
+
 @pytest.mark.parametrize("observation", [None, 3, ["a"], b"bytes"])
 def test_an_observation_that_is_none_ends_the_episode(observation):
     class Broken(Countdown):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from mem1_kernels import BlockPlan, Trajectory, pack, trajectory_attention, unroll
+from mem1_kernels import BlockPlan, Trajectory, pack, trajectory_attention, unroll, visible
 from mem1_kernels.ops import reference
 from mem1_kernels.testing import assert_within_budget, plain_attention, random_expiry, turns
 
@@ -333,11 +333,12 @@ VALUE_ERRORS = {
     "plan: expected 8 tokens in 1 or 2 rows, got \\[1, 9\\]": {
         "plan": BlockPlan.from_expiry(torch.zeros(9).int())
     },
-    "softcap: expected a finite number > 0 or None, got -1": {"softcap": -1.0},
-    "softcap: expected a finite number > 0 or None, got inf": {"softcap": torch.inf},
-    "scale: expected a finite number > 0 or None, got -0.5": {"scale": -0.5},
-    "scale: expected a finite number > 0 or None, got 0": {"scale": 0},
-    "scale: expected a finite number > 0 or None, got nan": {"scale": torch.nan},
+    "softcap: expected a float32 > 0 or None, got -1": {"softcap": -1.0},
+    "softcap: expected a float32 > 0 or None, got inf": {"softcap": torch.inf},
+    "softcap: expected a float32 > 0 or None, got 1e-50": {"softcap": 1e-50},
+    "scale: expected a float32 > 0 or None, got -0.5": {"scale": -0.5},
+    "scale: expected a float32 > 0 or None, got 0": {"scale": 0},
+    "scale: expected a float32 > 0 or None, got nan": {"scale": torch.nan},
     "key: expected on cpu like query, got meta": {"key": torch.zeros(2, 8, 1, 16, device="meta")},
 }
 
@@ -385,3 +386,34 @@ def test_example_trajectory_is_usable_as_is():
     layout: Trajectory = turns(20, 3, 5, 3, 11)
     query, key, value, *_ = make_inputs(1, layout.num_tokens, 2, 1, 16)
     assert trajectory_attention(query, key, value, layout.expiry).shape == query.shape
+
+
+def test_what_is_beyond_int32_means_what_it_says():
+    """ "Never" may be written as the largest int64."""
+    query, key, value, *_ = make_inputs(1, 200, 2, 1, 16)
+    causal = trajectory_attention(query, key, value)
+    for never in (2**31, 2**32, 2**63 - 1):
+        expiry = torch.full((200,), never)
+        assert torch.equal(trajectory_attention(query, key, value, expiry), causal)
+        assert visible(expiry).sum() == 200 * 201 // 2
+        out = trajectory_attention(query, key, value, torch.full((200,), 200), floor=expiry)
+        assert not out.any()
+    assert not trajectory_attention(query, key, value, torch.full((200,), -(2**40))).any()
+
+
+def test_a_plan_keeps_its_layout():
+    query, key, value, *_ = make_inputs(1, 200, 2, 1, 16)
+    expiry = turns(40, 4, 12, 6, 20).expiry[:200].clone()
+    plan = BlockPlan.from_expiry(expiry)
+    before = trajectory_attention(query, key, value, plan=plan)
+    expiry.fill_(1)
+    assert torch.equal(trajectory_attention(query, key, value, plan=plan), before)
+
+
+def test_gradients_of_gradients_raise():
+    query, key, value, *_ = make_inputs(1, 40, 2, 1, 16)
+    query.requires_grad_()
+    out = trajectory_attention(query, key, value)
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()

@@ -293,6 +293,11 @@ APPEND_ERRORS = [
         ValueError,
         "keys: requires gradients",
     ),
+    (
+        {"key_cache": torch._neg_view(torch.zeros(2, 3, 8, 16))},
+        ValueError,
+        "key_cache: expected a plain tensor, got a lazy conjugate or negative view",
+    ),
 ]
 
 

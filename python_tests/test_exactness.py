@@ -286,6 +286,7 @@ ERRORS = {
     "max_new_tokens: expected at least 1, got 0": {"max_new_tokens": 0},
     "temperature: expected 0 or more, got -1": {"temperature": -1},
     "stop_strings: need a tokenizer": {"stop_strings": ["a"]},
+    "stop_strings: expected strings that are not empty, got ''": {"stop_strings": ["a", ""]},
 }
 
 
@@ -303,3 +304,68 @@ def test_run_errors():
         driver.run([[1], []], World([1, 1]))
     with pytest.raises(ValueError, match="respond: expected 1 replies, got 2"):
         driver.run([[1]], lambda turns: [None, None])
+
+
+class Letters:
+    def decode(self, ids):
+        return "".join(chr(96 + i) for i in ids)
+
+
+WRONG_TYPES = {
+    "stop_strings: expected a sequence of strings, got one string": {"stop_strings": "</a>"},
+    "stop_ids: expected integer token ids": {"stop_ids": ["3"]},
+    "stop_ids: expected token ids, got int": {"stop_ids": 3},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_TYPES)
+def test_stops_of_another_type(message):
+    with pytest.raises(TypeError, match=message):
+        TrajectoryRollout(make_model("qwen2"), tokenizer=Letters(), **WRONG_TYPES[message])
+
+
+def test_stops_and_prompts_may_be_tensors():
+    model = make_model("qwen2")
+    want = run(model)
+    driver = TrajectoryRollout(
+        model,
+        max_turns=12,
+        max_new_tokens=9,
+        stop_ids=torch.tensor([STOP]),
+        state_tokens=lambda ids: len(ids) // 2,
+    )
+    world, generator = World(LAST_TURNS), torch.Generator().manual_seed(0)
+    got = driver.run([torch.tensor(p) for p in PROMPTS], world, generator=generator)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a.trajectory.token_ids, b.trajectory.token_ids)
+
+
+@pytest.mark.parametrize("reply", [[20.7, 21.0], "20", ["20"], {20: 1}, torch.tensor([20.5])])
+def test_replies_of_another_type(reply):
+    with pytest.raises(TypeError, match="respond, row 0: expected .*token ids, got"):
+        run_one(lambda turns: [reply])
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_ids_outside_the_vocabulary(token):
+    message = f"row 0: expected token ids from 0 to {VOCABULARY - 1}, got"
+    if token >= 0:
+        with pytest.raises(ValueError, match=message):
+            run_one(lambda turns: [[4, token]])
+    with pytest.raises(ValueError, match=message if token >= 0 else "tokens: expected ids >= 0"):
+        TrajectoryRollout(make_model("qwen2")).run([[5, token]], World([1]))
+
+
+def run_one(respond):
+    driver = TrajectoryRollout(make_model("qwen2"), max_turns=2, max_new_tokens=2)
+    return driver.run([[5, 6]], respond, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan")])
+def test_a_temperature_that_is_none(temperature):
+    model = make_model("qwen2")
+    with pytest.raises(ValueError, match="temperature: expected 0 or more, got"):
+        TrajectoryRollout(model, temperature=temperature)
+    layout, _ = collate(run(model))
+    with pytest.raises(ValueError, match="temperature: expected 0 or more, got"):
+        score(model, layout, temperature=temperature)

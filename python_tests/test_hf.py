@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -603,6 +604,31 @@ def test_importing_the_package_leaves_transformers_alone() -> None:
     subprocess.run([sys.executable, "-c", check], check=True, cwd=os.path.dirname(__file__) + "/..")
 
 
+def test_a_pickled_model_runs_where_nobody_patches(tmp_path: Path) -> None:
+    model = hf.patch(build("qwen2").eval())
+    torch.save((model, model(ids_for(12)).logits), tmp_path / "model.pt")
+    check = (
+        "import sys, torch\n"
+        "model, logits = torch.load(sys.argv[1], weights_only=False)\n"
+        "assert torch.equal(model(torch.load(sys.argv[2])).logits, logits)\n"
+    )
+    torch.save(ids_for(12), tmp_path / "ids.pt")
+    paths = [str(tmp_path / name) for name in ("model.pt", "ids.pt")]
+    subprocess.run([sys.executable, "-c", check, *paths], check=True)
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
+def test_a_window_that_is_wider_than_int32(window: int) -> None:
+    model = build("mistral", sliding_window=window).eval()
+    ids = ids_for(12)
+    want = model(ids, use_cache=False).logits
+    with hf.patched(model):
+        assert_close(model(ids, use_cache=False).logits, want)
+        plan = BlockPlan.from_expiry(torch.full((12,), 12))
+        positions = torch.arange(12, dtype=torch.int32)[None]
+        assert_close(model(ids, position_ids=positions, plan=plan).logits, want)
+
+
 class TestRefusals:
     @pytest.fixture
     def model(self) -> Any:
@@ -649,6 +675,22 @@ class TestRefusals:
         with pytest.raises(ValueError, match="plan: .* past_key_values brings 5 more"):
             model(ids_for(12), past_key_values=cache, plan=plan)
 
+    def test_a_cache_from_a_plan(self, model: Any, plan: BlockPlan) -> None:
+        """It would hold what the plan dropped, and a later pass would not know."""
+        assert model(ids_for(12), plan=plan).past_key_values is None
+        with pytest.raises(ValueError, match="use_cache: expected False or None"):
+            model(ids_for(12), plan=plan, use_cache=True)
+
+    def test_a_config_of_two_models(self, plan: BlockPlan) -> None:
+        one = build("qwen2")
+        two = type(one)(one.config)
+        with hf.patched(one):
+            with pytest.raises(ValueError, match="model: the config .* says 'mem1' already"):
+                hf.patch(two)
+        with hf.patched(two):
+            two(ids_for(12), plan=plan)
+        assert one.config._attn_implementation == "sdpa"
+
     def test_static_cache(self, model: Any) -> None:
         cache = transformers.StaticCache(config=model.config, max_cache_len=32)
         with pytest.raises(ValueError, match="past_key_values: static caches are not supported"):
@@ -686,8 +728,8 @@ class TestRefusals:
         encoder = transformers.BertModel(
             transformers.BertConfig(**{**TINY, "num_key_value_heads": 4})
         )
-        with hf.patched(encoder), pytest.raises(ValueError, match="causal|bidirectional"):
-            encoder(ids_for(12))
+        with pytest.raises(ValueError, match="model: BertModel is not causal"):
+            hf.patch(encoder)
         small = {**TINY, "d_model": 64, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 4}
         t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**small))
         with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):

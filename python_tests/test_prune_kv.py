@@ -593,6 +593,13 @@ BAD_CALLS = {
         "keys", lambda k: [k[0].requires_grad_(), k[1]], ValueError, r"keys\[0\]: requires grad",
     ),
     "meta": ("keys", lambda k: [k[0].to("meta"), k[1]], ValueError, r"keys\[0\]: expected on cpu"),
+    "meta delta": (
+        "position_delta", lambda d: d.to("meta"), ValueError, "position_delta: expected on cpu",
+    ),
+    "negative view": (
+        "keys", lambda k: [torch._neg_view(k[0]), k[1]], ValueError,
+        r"keys\[0\]: expected a plain tensor",
+    ),
 }  # fmt: skip
 
 

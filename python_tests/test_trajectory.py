@@ -249,6 +249,9 @@ def _trajectory(**changes):
         (lambda: Segment("info", 1, depth=1.5), "depth: expected an integer >= 0, got 1.5"),
         (lambda: Segment("info", "text"), "tokens: expected a count or a 1-D sequence of ids"),
         (lambda: Segment("info", [1, "a"]), "tokens: expected integer ids"),
+        (lambda: Segment("info", [1, True]), "tokens: expected integer ids"),
+        (lambda: Segment("info", [1, -2]), "tokens: expected ids >= 0, got -2"),
+        (lambda: Segment("info", True), "tokens: expected a count or a 1-D sequence of ids"),
         (lambda: Segment("info", torch.zeros(2, 2, dtype=torch.int64)), "tokens: expected integer"),
         (lambda: Trajectory([]), "segments: expected at least one"),
         (
@@ -310,3 +313,26 @@ def test_type_errors():
         visible(torch.zeros(2))
     with pytest.raises(TypeError, match="expiry: expected a tensor, got list"):
         visible([1, 2])
+
+
+def test_nested_packs_count_documents():
+    a = Trajectory([Segment("prompt", 2), Segment("action", 1, 1)])
+    b = Trajectory([Segment("prompt", 2)])  # nothing behind the shared prompt
+    flat, nested = pack([[a, b], a]), pack([pack([[a, b]]), a])
+    assert flat.document.tolist() == nested.document.tolist() == [0, 0, 0, 2, 2, 2]
+    assert flat.num_documents == nested.num_documents == 3
+
+
+@pytest.mark.parametrize("answer", [torch.tensor([2, 2]), (2, 2), [torch.tensor(2), 2]])
+def test_a_policy_may_answer_with_any_integers(answer):
+    segments = [Segment("prompt", 2), Segment("action", 1, 1)]
+    assert Trajectory(segments, lambda segments: answer).expiry.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("answer", [range(2, 3), None, [2.0, 2], "22", 2])
+def test_a_policy_that_answers_something_else(answer):
+    def policy(segments):
+        return answer
+
+    with pytest.raises((TypeError, ValueError), match="policy: expected"):
+        Trajectory([Segment("prompt", 2), Segment("action", 1, 1)], policy)

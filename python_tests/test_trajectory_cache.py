@@ -464,6 +464,24 @@ def test_peft_and_bare_decoders() -> None:
         assert_close(out, torch.cat(states, 1))
 
 
+class TestExpect:
+    def test_outlasts_a_prune_and_a_refused_pass(self) -> None:
+        model, ids = patch(build()), draw(2, 4)
+        past = TrajectoryCache(model, batch_size=2)
+        with torch.no_grad():
+            model(ids[:, :3], past_key_values=past)
+            past.expect([1, 2], expiry=torch.iinfo(torch.int64).max)
+            past.prune_(keep=torch.ones_like(past.positions, dtype=torch.bool))
+            with pytest.raises(ValueError, match="the cache has 2 rows, got 1"):
+                model(ids[:1], past_key_values=past)
+            model(ids, past_key_values=past)
+            assert past.lengths.tolist() == [4, 5]
+            model(ids, past_key_values=past)
+        assert past.lengths.tolist() == [8, 9]
+        past.prune_(100)
+        assert past.lengths.tolist() == [8, 9]
+
+
 class TestRefusals:
     @pytest.fixture
     def model(self) -> Any:
@@ -553,6 +571,23 @@ class TestRefusals:
                 past.prune_(3, rows=rows)
         with pytest.raises(ValueError, match=r"now: expected \[2\], got \[3\]"):
             past.prune_([1, 2, 3])
+
+    def test_another_model(self, model: Any, past: TrajectoryCache) -> None:
+        deeper, shallower = (patch(build(num_hidden_layers=n)) for n in (3, 1))
+        self.refuse(deeper, past, r"holds tokens of layers \[0, 1\], and layer 2 has none there")
+        self.refuse(shallower, past, r"layers \[1\] does not reach the cache")
+
+    def test_numbers_beyond_int32(self, model: Any, past: TrajectoryCache) -> None:
+        never = torch.iinfo(torch.int64).max
+        past.prune_(never)
+        assert past.lengths.tolist() == [6, 6]  # nothing was given an expiry
+        self.refuse(
+            model, past, "to rise behind those", position_ids=torch.arange(2**31, 2**31 + 3)[None]
+        )
+        with pytest.raises(TypeError, match="position_ids: expected integers, got torch.float32"):
+            model(draw(2, 3), past_key_values=past, position_ids=torch.ones(2, 3))
+        past.expect([2**32 + 1, 1])
+        self.refuse(model, past, "expect.. told of 2147483647 tokens, got 3")
 
     def test_models(self, past: TrajectoryCache) -> None:
         plain = build()

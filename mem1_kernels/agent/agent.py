@@ -239,7 +239,7 @@ class MemoryEfficientAgent:
         ):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if temperature < 0:
+        if not temperature >= 0:
             raise ValueError(f"temperature: expected 0 or more, got {temperature}")
         if isinstance(engine, str) and not (engine in ("pruned", "reprefill") or _is_url(engine)):
             raise ValueError(
@@ -406,13 +406,29 @@ class _Codec:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def prompt(self, prompt: Content) -> list[int]:
-        """A prompt as the policy reads it: as the user's message, where the model chats."""
+        """A prompt as the policy reads it: as the user's message, where the model chats.
+
+        No special token in it is read, so that no question can end the user's message.
+        """
         if not isinstance(prompt, str):
             return prompt
         if self.tokenizer.chat_template is None:
             return self.encode(prompt)
+        if not any(token in prompt for token in self.tokenizer.get_added_vocab()):
+            return self._as_message(prompt)
+        mark = "prompt"
+        while mark in self._as_message("", tokenize=False):
+            mark += "-"
+        before, after = self._as_message(mark, tokenize=False).split(mark)
+        ends = [self.tokenizer.encode(end, add_special_tokens=False) for end in (before, after)]
+        return [*ends[0], *self.encode(prompt), *ends[1]]
+
+    def _as_message(self, content: str, **options: Any) -> Any:
         return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            return_dict=False,
+            **options,
         )
 
 

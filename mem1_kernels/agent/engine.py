@@ -18,7 +18,15 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from mem1_kernels.rollout import Respond, Rollout, Row, TrajectoryRollout, ask, check_prompts
+from mem1_kernels.rollout import (
+    Respond,
+    Rollout,
+    Row,
+    TrajectoryRollout,
+    ask,
+    check_stop_strings,
+    read_prompts,
+)
 from mem1_kernels.trajectory import Retention, Segment, mem1
 
 OnTokens = Callable[[int, Sequence[int]], None]
@@ -206,16 +214,16 @@ class ServerEngine:
             EngineError: the server is not there, refuses, or sends no token ids or log-probs.
             ValueError: no prompts or an empty one, or a policy that no server can follow.
         """
-        check_prompts(prompts)
+        check_stop_strings(generation.stop_strings)
         rows = [
             Row(
                 index,
-                list(prompt),
+                prompt,
                 generation.retention,
                 "reprefill",
                 generation.state_tokens,
             )
-            for index, prompt in enumerate(prompts)
+            for index, prompt in enumerate(read_prompts(prompts))
         ]
         active = rows
         with ThreadPoolExecutor(min(self.workers, len(rows))) as pool:

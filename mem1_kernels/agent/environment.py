@@ -11,6 +11,7 @@ gets a `Turn` that its tags have read from what the policy generated, and nothin
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -158,8 +159,7 @@ class EnvironmentBatch:
             episode = self.episodes[place]
             episode.turns += 1
             try:
-                step = Step(*self.environments[place].step(turn))
-                _check_observation(step.observation)
+                step = _checked(Step(*self.environments[place].step(turn)), self.tags)
             except Exception as error:  # whatever a tool raises ends its own episode only
                 return self._fail(place, error)
             episode.reward += step.reward
@@ -189,10 +189,21 @@ class EnvironmentBatch:
             return list(pool.map(function, places))
 
 
-def _check_observation(observation: object) -> None:
+def _checked(step: Step, tags: Tags) -> Step:
+    """The step, its reward as a float; what is none raises."""
+    speaks_ids = isinstance(tags.stops[0], int)
+    observation, reward, done, scores = step
     ids = isinstance(observation, list) and all(isinstance(i, int) for i in observation)
-    if not isinstance(observation, str) and not ids:
-        raise TypeError(f"observation: expected str or list[int], got {type(observation).__name__}")
+    if not (isinstance(observation, str) or ids) or (observation and ids != speaks_ids):
+        wanted = "list[int]" if speaks_ids else "str"
+        raise TypeError(f"observation: expected {wanted}, got {type(observation).__name__}")
+    if done not in (True, False):
+        raise TypeError(f"done: expected True or False, got {done!r}")
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores: expected a mapping, got {type(scores).__name__}")
+    if isinstance(reward, str) or not math.isfinite(reward):
+        raise ValueError(f"reward: expected a finite number, got {reward!r}")
+    return Step(observation, float(reward), bool(done), scores)
 
 
 def observation_ids(

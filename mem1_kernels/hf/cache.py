@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from mem1_kernels.mask import saturated
 from mem1_kernels.ops.kv_cache import append_kv_, cached_attention, prune_kv_
 
 NEVER = torch.iinfo(torch.int32).max
@@ -111,6 +113,7 @@ class TrajectoryCache(Cache):
         self._batch_size = batch_size
         self._num_layers = config.num_hidden_layers
         self._step: _Step | None = None
+        self._committed = False  # some forward pass came to its end
         self._expected: _Expected | None = None
         with torch.inference_mode(False):
             self.keys: dict[int, Tensor] = {}
@@ -154,7 +157,8 @@ class TrajectoryCache(Cache):
     def expect(
         self, counts: Sequence[int] | Tensor, *, expiry: int | Sequence[int] | Tensor = NEVER
     ) -> None:
-        """Announces the next forward pass: row `b` takes the first `counts[b]` of its tokens.
+        """Announces the next forward pass: row `b` takes the first `counts[b]` of its tokens. It
+        stands until a pass has begun, whatever is pruned before that.
 
         Args:
             counts: `[batch]`, 0 or more each. (A CPU tensor or a list spares a wait.)
@@ -186,11 +190,11 @@ class TrajectoryCache(Cache):
             rows: the rows that now or keep speak of, in that order; None: all. Others keep all.
 
         Raises:
-            TypeError: keep is not boolean, or now not an integer.
+            TypeError: keep is not boolean, or now or rows no integers.
             ValueError: not exactly one of now and keep, another shape, or rows that are unknown or
                 named twice. Nothing is written then.
         """
-        named = range(self.batch_size) if rows is None else list(rows)
+        named = range(self.batch_size) if rows is None else [operator.index(row) for row in rows]
         unknown = [row for row in named if not 0 <= row < self.batch_size]
         if unknown or len(set(named)) < len(named):
             raise ValueError(
@@ -200,7 +204,8 @@ class TrajectoryCache(Cache):
             raise ValueError("keep: expected either now or keep, got both or none")
         index = torch.tensor(list(named), dtype=torch.int64, device=self.device)
         if keep is None:
-            alive = self.expiry[index] > self._per_row("now", cast(Any, now), len(named))[:, None]
+            times = self._per_row("now", cast(Any, now), len(named)).clamp(max=NEVER - 1)
+            alive = self.expiry[index] > times[:, None]
         else:
             if keep.dtype != torch.bool:
                 raise TypeError(f"keep: expected bool, got {keep.dtype}")
@@ -212,7 +217,7 @@ class TrajectoryCache(Cache):
             alive = keep.to(self.device)
         if rows is not None:
             alive = torch.ones_like(self.positions, dtype=torch.bool).index_copy(0, index, alive)
-        self._step, self._expected, self._seen = None, None, None
+        self._step, self._seen = None, None
         if self.keys:
             prune_kv_(
                 list(self.keys.values()),
@@ -226,6 +231,7 @@ class TrajectoryCache(Cache):
     def reset(self) -> None:
         """Empties all rows, as if nothing had ever been in them; the memory stays."""
         self._step, self._expected, self._seen = None, None, 0
+        self._committed = False
         for x in (self.lengths, self._next_position, self._peak):
             x.zero_()
 
@@ -282,7 +288,7 @@ class TrajectoryCache(Cache):
                 no room. Nothing is written then.
         """
         batch, tokens = shape
-        expected, self._expected, self._step = self._expected, None, None
+        self._step = None
         if batch != self.batch_size:
             raise ValueError(f"input_ids: the cache has {self.batch_size} rows, got {batch}")
         if tokens == 0:
@@ -290,7 +296,7 @@ class TrajectoryCache(Cache):
                 "input_ids: expected at least one new token, got none (give generate() the new "
                 "tokens only and an attention_mask of cached + new columns)"
             )
-        counts, order, expiry = self._taken(tokens, attention_mask, expected)
+        counts, order, expiry = self._taken(tokens, attention_mask, self._expected)
         taken = torch.full_like(self.lengths, tokens) if counts is None else counts
         if position_ids is None:
             column = torch.arange(tokens, device=self.device)
@@ -301,6 +307,8 @@ class TrajectoryCache(Cache):
             if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch):
                 got = list(position_ids.shape)
                 raise ValueError(f"position_ids: expected [{batch}, {tokens}], got {got}")
+            if position_ids.is_floating_point():
+                raise TypeError(f"position_ids: expected integers, got {position_ids.dtype}")
             positions = position_ids.to(self.device).expand(batch, tokens)
             positions = positions if order is None else positions.gather(1, order)
             self._check_positions(positions, taken)
@@ -316,6 +324,7 @@ class TrajectoryCache(Cache):
         last = positions.gather(1, (taken[:, None].long() - 1).clamp(min=0))[:, 0]
         next_position = torch.where(taken > 0, last + 1, self._next_position)
         self._step = _Step(tokens, counts, lengths, next_position, order)
+        self._expected = None
         return position_ids
 
     def attend(
@@ -341,6 +350,11 @@ class TrajectoryCache(Cache):
         if step.order is not None:
             query, key, value = (_select(x, step.order) for x in (query, key, value))
         if layer not in self.keys:
+            if self._committed:
+                raise ValueError(
+                    f"past_key_values: it holds tokens of layers {sorted(self.keys)}, and layer "
+                    f"{layer} has none there: it belongs to another model"
+                )
             self.keys[layer], self.values[layer] = self._allocate(key), self._allocate(value)
         keys, values = self.keys[layer], self.values[layer]
         append_kv_(key, value, keys, values, self.lengths, counts=step.counts)
@@ -364,8 +378,9 @@ class TrajectoryCache(Cache):
     def commit(self) -> None:
         """After the layers of a forward pass: its tokens now belong to their rows."""
         step = cast(_Step, self._step)
-        if missing := sorted(step.updated - step.attended):
+        if missing := sorted((step.updated | self.keys.keys()) - step.attended):
             raise ValueError(f"model: the attention of layers {missing} does not reach the cache")
+        self._committed = True
         self._seen = self.get_seq_length() + step.tokens
         self.lengths.copy_(step.lengths)
         self._next_position.copy_(step.next_position)
@@ -434,7 +449,7 @@ class TrajectoryCache(Cache):
         held = torch.where(slot < self.lengths[:, None], self.positions, -1).amax(1, keepdim=True)
         before = torch.cat([held.long(), positions[:, :-1]], 1)
         column = torch.arange(positions.shape[1], device=self.device)
-        rises = (positions > before) | (column >= taken[:, None])
+        rises = (positions > before) & (positions < NEVER) | (column >= taken[:, None])
         message = "position_ids: expected them to rise behind those that the cache holds"
         if rises.is_cuda:
             torch._assert_async(rises.all(), message)
@@ -458,7 +473,7 @@ class TrajectoryCache(Cache):
             raise TypeError(f"{name}: expected integers, got {values.dtype}")
         if values.dim() and list(values.shape) != [rows]:
             raise ValueError(f"{name}: expected [{rows}], got {list(values.shape)}")
-        return values.to(device or self.device, torch.int32).expand(rows).contiguous()
+        return saturated(values).to(device or self.device).expand(rows).contiguous()
 
 
 def _select(x: Tensor, index: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -62,8 +64,9 @@ def patch(model: Model) -> Model:
         object, by which transformers chooses the attention); `unpatch` undoes it exactly.
 
     Raises:
-        ValueError: no transformers model in it, or several, or one that is patched already; an
-            encoder or encoder-decoder; a model whose attention cannot be replaced.
+        ValueError: no transformers model in it, or several, or one that is patched already, or
+            whose config object is another patched model's; an encoder or encoder-decoder; a model
+            whose attention cannot be replaced.
 
     A forward pass of a patched model raises on what it cannot honour: 4D masks, dropout, attention
     sinks, bidirectional attention, a plan beside cached tokens, attention weights as output, and
@@ -84,8 +87,12 @@ def patch(model: Model) -> Model:
     if is_patched(model):
         raise ValueError(f"model: this {type(root).__name__} is patched already")
     decoder = _decoder(root)
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _make_mask)
+    if decoder.config._attn_implementation == NAME:
+        raise ValueError(
+            f"model: the config of this {type(root).__name__} says {NAME!r} already: another model "
+            "with the same config object is patched"
+        )
+    _register()
     before = [(config, config._attn_implementation) for config in _configs(root)]
     decoder.set_attn_implementation(NAME)
     guards = [
@@ -96,7 +103,7 @@ def patch(model: Model) -> Model:
     layers = decoder.base_model
     guards.append(layers.register_forward_pre_hook(_open_cache, with_kwargs=True))
     guards.append(layers.register_forward_hook(_close_cache, with_kwargs=True))
-    setattr(root, _STATE, (before, guards))
+    setattr(root, _STATE, _Patch(before, guards))
     return model
 
 
@@ -112,11 +119,11 @@ def unpatch(model: Model) -> Model:
     root = _root(model)
     if not is_patched(model):
         raise ValueError(f"model: this {type(root).__name__} is not patched")
-    before, guards = getattr(root, _STATE)
+    state = getattr(root, _STATE)
     delattr(root, _STATE)
-    for guard in guards:
+    for guard in state.guards:
         guard.remove()
-    for config, implementation in before:
+    for config, implementation in state.before:
         config._attn_implementation_internal = implementation
     return model
 
@@ -144,6 +151,23 @@ def is_patched(model: nn.Module) -> bool:
     return hasattr(_root(model), _STATE)
 
 
+def _register() -> None:
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _make_mask)
+
+
+@dataclass
+class _Patch:
+    """What a patched model remembers: what its configs said before, and the hooks it got."""
+
+    before: list[tuple[PreTrainedConfig, str]]
+    guards: list[RemovableHandle]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _register()  # unpickled, perhaps, where nobody patches
+        self.__dict__.update(state)
+
+
 def _root(model: nn.Module) -> PreTrainedModel:
     """The one outermost transformers model in `model`."""
     if not isinstance(model, nn.Module):
@@ -168,8 +192,9 @@ def _decoder(root: PreTrainedModel) -> PreTrainedModel:
             break
     else:
         raise ValueError(f"model: {name} has no text decoder of its own")
-    if not getattr(config, "is_causal", True):
-        raise ValueError(f"model: {name} is not causal (config.is_causal is False)")
+    attentions = (getattr(module, "is_causal", True) for module in module.modules())
+    if not getattr(config, "is_causal", True) or not all(attentions):
+        raise ValueError(f"model: {name} is not causal (is_causal is False)")
     if not module._supports_attention_backend or not module._can_set_attn_implementation():
         raise ValueError(
             f"model: {name} does not hand keywords to a replaceable attention "
@@ -202,11 +227,17 @@ def _check_implementation(module: PreTrainedModel, args: tuple, kwargs: dict[str
 def _open_cache(
     module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
-    """Before the layers: a TrajectoryCache takes the mask and gives the positions."""
+    """Before the layers: a TrajectoryCache takes the mask and gives the positions; a pass under a
+    plan fills no cache, which would not know what the plan dropped."""
     cache = kwargs.get("past_key_values")
+    planned = kwargs.get("plan") is not None
+    if planned and cache is None:
+        if kwargs.get("use_cache"):
+            raise ValueError("use_cache: expected False or None, as a pass under a plan fills none")
+        return args, {**kwargs, "use_cache": False}
     if not isinstance(cache, TrajectoryCache):
         return None
-    if kwargs.get("plan") is not None:
+    if planned:
         raise ValueError("plan: a TrajectoryCache keeps its own expiries; pass only one of the two")
     inputs = args[0] if args else kwargs.get("input_ids")
     if inputs is None:
@@ -261,7 +292,7 @@ class _Mask:
             following = torch.nn.functional.pad(starts[:, 1:], (0, 1), value=tokens)
             expiry = following.flip(1).cummin(1).values.flip(1)
         if self.window is not None:
-            expiry = torch.minimum(expiry, index + self.window)
+            expiry = torch.minimum(expiry, index + min(self.window, tokens))
         return expiry if self.padding is None else torch.where(self.padding, expiry, index)
 
     def _narrowed(self, given: BlockPlan, position_ids: Tensor | None) -> BlockPlan:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 # What every kernel computes on.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT = torch.finfo(torch.float32)
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -20,11 +19,16 @@ def check_head_dim(head_dim: int) -> None:
 def check_scores(head_dim: int, scale: float | None, softcap: float | None) -> float:
     """The scale of the scores, `head_dim ** -0.5` unless told; a bad one raises ValueError."""
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale: expected a finite number > 0 or None, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not FLOAT.tiny <= value <= FLOAT.max:
+            raise ValueError(f"{name}: expected a float32 > 0 or None, got {value}")
     return scale
+
+
+def check_plain(name: str, x: Tensor) -> None:
+    """Raises ValueError for a tensor whose bytes are not its values."""
+    if x.is_conj() or x.is_neg():
+        raise ValueError(f"{name}: expected a plain tensor, got a lazy conjugate or negative view")
 
 
 def mark_written(*written: Tensor) -> None:

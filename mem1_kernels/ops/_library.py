@@ -221,18 +221,19 @@ def _(
     return out, lse
 
 
-def _check_devices(tensors: list[Tensor], keep: Tensor) -> None:
+def _check_devices(tensors: list[Tensor | None], keep: Tensor) -> None:
     """One meta tensor among others makes a call a fake one: not what its caller meant."""
     for x in tensors:
-        if x.device != keep.device:
+        if x is not None and x.device != keep.device:
             raise ValueError(f"expected all tensors on {keep.device} like keep, got {x.device}")
 
 
 @torch.library.register_fake("mem1::prune_kv_")
 def _(keys, values, lengths, keep, slots, ordered, position_delta, rope_steps, interleaved) -> None:
-    _check_devices([*keys, *values, *slots, lengths], keep)
+    _check_devices([*keys, *values, *slots, lengths, position_delta, *rope_steps], keep)
 
 
 @torch.library.register_fake("mem1::prune_paged_kv_")
 def _(keys, values, block_table, lengths, keep, page_refs, slots, freed, freed_counts) -> None:
-    _check_devices([*keys, *values, *slots, block_table, lengths, freed, freed_counts], keep)
+    written = [*keys, *values, *slots, block_table, lengths, freed, freed_counts]
+    _check_devices([*written, page_refs], keep)

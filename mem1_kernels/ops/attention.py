@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mem1_kernels.block_plan import BlockPlan
 from mem1_kernels.mask import check_expiry
@@ -36,6 +37,7 @@ class _TrajectoryAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None):
         query, key, value, out, lse, expiry, floor, *lists = ctx.saved_tensors
         if grad_out is None:
@@ -93,7 +95,7 @@ def trajectory_attention(
 
     Returns:
         The output, `[batch, tokens, heads, head_dim]` in query's dtype; with `return_lse` also the
-        LSE, float32 `[batch, heads, tokens]`.
+        LSE, float32 `[batch, heads, tokens]`. Gradients of gradients are not to be had, and raise.
 
     Raises:
         TypeError: a dtype that is not supported, or dtypes that differ.

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from mem1_kernels.ops import _library  # noqa: F401  registers the operators
-from mem1_kernels.ops._checks import DTYPES, check_head_dim, check_scores, mark_written
+from mem1_kernels.ops._checks import (
+    DTYPES,
+    check_head_dim,
+    check_plain,
+    check_scores,
+    mark_written,
+)
 from mem1_kernels.ops._memory import check_disjoint
 from mem1_kernels.ops.prune_kv import prune_kv_, prune_paged_kv_
 from mem1_kernels.ops.rope import Rope
@@ -204,6 +210,7 @@ def _dense_last(x: Tensor) -> Tensor:
 def _check_tensor(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    check_plain(name, x)
     if x.dtype != like.dtype:
         raise TypeError(f"{name}: expected {like.dtype} like {like_name}, got {x.dtype}")
     if x.device != like.device:
@@ -233,6 +240,7 @@ def _check_rows(name: str, x: Tensor, cache: Tensor) -> None:
     """An int32 `[batch]` tensor on the cache's device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    check_plain(name, x)
     if x.dtype != torch.int32:
         raise TypeError(f"{name}: expected int32, got {x.dtype}")
     if list(x.shape) != [cache.shape[0]]:

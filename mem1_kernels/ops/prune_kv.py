@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mem1_kernels.ops._checks import DTYPES, mark_written
+from mem1_kernels.ops._checks import DTYPES, check_plain, mark_written
 from mem1_kernels.ops._library import implementations
 from mem1_kernels.ops._memory import check_disjoint
 from mem1_kernels.ops.rope import Rope
@@ -222,6 +222,8 @@ def _signature(name: str, arguments: tuple) -> tuple | None:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return None
+    if any(x.is_conj() or x.is_neg() for x in tensors):
+        return None
     layout = ((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)
     return name, counts, given, *layout
 
@@ -296,6 +298,7 @@ def _check_paged(
 def _check_tensor(name: str, x: Tensor, dim: int, layout: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    check_plain(name, x)
     if x.dim() != dim:
         raise ValueError(f"{name}: expected {layout}, got {list(x.shape)}")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
@@ -364,6 +367,7 @@ def _check_slots(
     for i, x in enumerate(slots):
         if not isinstance(x, Tensor):
             raise TypeError(f"slots[{i}]: expected a tensor, got {type(x).__name__}")
+        check_plain(f"slots[{i}]", x)
         if x.shape != shape:
             raise ValueError(f"slots[{i}]: expected {list(shape)} {meaning}, got {list(x.shape)}")
         _check_item(f"slots[{i}]", x)
