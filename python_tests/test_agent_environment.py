@@ -96,7 +96,7 @@ def test_an_observation_that_is_none_ends_the_episode(observation):
     batch = EnvironmentBatch(Broken)
     batch.reset([1])
     batch.step([SEARCH])
-    assert "expected str or list[int]" in batch.episodes[0].error
+    assert "observation: expected str, got" in batch.episodes[0].error
 
 
 def test_an_interrupt_is_no_tool_failure():

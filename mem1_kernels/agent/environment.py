@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 from mem1_kernels.agent.tags import Content, Tags, Turn
@@ -192,7 +193,8 @@ class EnvironmentBatch:
 def _checked(step: Step, tags: Tags) -> Step:
     """The step, its reward as a float; what is none raises."""
     speaks_ids = isinstance(tags.stops[0], int)
-    observation, reward, done, scores = step
+    observation, done, scores = step.observation, step.done, step.scores
+    reward: Any = step.reward
     ids = isinstance(observation, list) and all(isinstance(i, int) for i in observation)
     if not (isinstance(observation, str) or ids) or (observation and ids != speaks_ids):
         wanted = "list[int]" if speaks_ids else "str"
@@ -201,7 +203,7 @@ def _checked(step: Step, tags: Tags) -> Step:
         raise TypeError(f"done: expected True or False, got {done!r}")
     if not isinstance(scores, Mapping):
         raise TypeError(f"scores: expected a mapping, got {type(scores).__name__}")
-    if isinstance(reward, str) or not math.isfinite(reward):
+    if not isinstance(reward, Real) or not math.isfinite(reward):
         raise ValueError(f"reward: expected a finite number, got {reward!r}")
     return Step(observation, float(reward), bool(done), scores)
 
