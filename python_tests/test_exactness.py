@@ -126,7 +126,7 @@ def test_greedy_rollout_is_the_same_ordered_or_not():
         assert torch.equal(a.trajectory.token_ids, b.trajectory.token_ids)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_is_as_exact_as_the_models_own_decoding(family):
     """No larger than the difference between this model's prefill and its step-by-step decode."""
     model = make_model(family, torch.bfloat16)
