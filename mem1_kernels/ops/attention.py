@@ -78,7 +78,8 @@ def trajectory_attention(
 
     The work grows with the visible area and the memory with the tokens. A key with
     `expiry[k] <= k` is seen by nobody and never read; a query that sees nothing gives 0, LSE -inf
-    and no gradient. A NaN in a key that somebody sees may reach all queries of its tile. Under autocast the inputs are cast as for scaled_dot_product_attention.
+    and no gradient. A NaN in a key that somebody sees may reach all queries of its tile. Under
+    autocast the inputs are cast as for scaled_dot_product_attention.
 
     Args:
         query: `[batch, tokens, heads, head_dim]`; float32, float16 or bfloat16; any strides (a last
