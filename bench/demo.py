@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+import transformers
 
 from bench.timing import measure
 from mem1_kernels import (
@@ -85,7 +85,8 @@ def train(way: str) -> dict[str, list[float] | float]:
     model = make_model("sdpa")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batches = text_batches(STEPS)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    base = megabytes("VmRSS")
     losses, seconds = [], []
     for layout in batches:
         started = time.perf_counter()
@@ -105,8 +106,14 @@ def train(way: str) -> dict[str, list[float] | float]:
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"losses": losses, "seconds": seconds, "megabytes": (peak - base) / 1024}
+    return {"losses": losses, "seconds": seconds, "megabytes": megabytes("VmHWM") - base}
+
+
+def megabytes(name: str) -> float:
+    """Resident memory of this process, as Linux has it: now (VmRSS) or at its peak (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
 
 
 def show_training() -> None:
@@ -188,7 +195,7 @@ def show_ppo(out: Path) -> None:
     print("reward:", "  ".join(f"{reward:.2f}" for reward in run.rewards))
     gap = max(record["log_prob_gap"] for record in run.history if "log_prob_gap" in record)
     print(f"largest |difference| of rollout and trainer log-probs in any step: {gap:.1e}")
-    print(f"curves -> {out / 'chain'}\n")
+    print(f"curves -> {out / 'chain'}\n\n64 episodes a line, and the largest cache row of any:\n")
     print(
         f"{'hops':>5}{'reward':>9}{'peak context':>15}{'under full context: reward':>29}{'peak':>7}"
     )
@@ -210,7 +217,12 @@ def main() -> None:
     if options.train:
         print(json.dumps(train(options.train)))
         return
-    print(info.report())
+    transformers.utils.logging.disable_progress_bar()
+    versions = info.versions()
+    print(
+        ", ".join(f"{name} {versions[name]}" for name in ("mem1_kernels", "torch", "transformers"))
+    )
+    print(", ".join([*info.devices().values(), f"SIMD {info.extension().get('SIMD', 'none')}"]))
     out = Path(options.out)
     shutil.rmtree(out / "chain", ignore_errors=True)  # the last demo's checkpoints
     out.mkdir(parents=True, exist_ok=True)

@@ -92,8 +92,9 @@ def rollout() -> str:
                     ),
                 ]
             )
-    header = ["turns", "tokens", "peak tokens a row", "full context", "cache MB", "full context"]
-    header += ["tokens/s", "sent again", "full context", "full context, transformers"]
+    header = ["turns", "rows x tokens", "peak tokens per row", "full context: peak tokens"]
+    header += ["cache MB", "full context: cache MB", "tokens/s", "text sent again"]
+    header += ["full context", "full context in transformers"]
     return f"({measured_on(reports[0])})\n\n{markdown(header, rows)}"
 
 
@@ -165,9 +166,9 @@ def hops() -> str:
             line = found[mode, count]
             row += [f"{line['em']:.2f}", f"{line['cache_tokens']:.0f}"]
         rows.append(row)
-    header = ["hops", "right", "tokens held at most"]
-    header += ["right under full context", "tokens held at most"]
-    return markdown([*header, "right by sending text again", "tokens held at most"], rows)
+    header = ["hops", "right", "peak tokens"]
+    header += ["full context: right", "peak tokens"]
+    return markdown([*header, "text sent again: right", "peak tokens"], rows)
 
 
 FILES = {

@@ -7,6 +7,7 @@ from mem1_kernels.mask import visible
 from mem1_kernels.ops.attention import trajectory_attention
 from mem1_kernels.trajectory import (
     Layout,
+    Retention,
     Segment,
     Trajectory,
     fold,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockPlan",
     "Layout",
+    "Retention",
     "Segment",
     "Trajectory",
     "fold",

@@ -50,6 +50,9 @@ class BlockPlan:
     floor: Tensor | None
     lists: Tensor
 
+    def __repr__(self) -> str:
+        return f"BlockPlan({self.expiry.shape[0]} x {self.tokens} tokens, {self.expiry.device})"
+
     @staticmethod
     def from_expiry(expiry: Tensor, floor: Tensor | None = None) -> BlockPlan:
         """Plans a layout, on the device of `expiry`, without a host sync. It keeps copies of both.

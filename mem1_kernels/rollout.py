@@ -63,6 +63,12 @@ class Rollout:
     peak_tokens: int
     turns: list[Turn]
 
+    def __repr__(self) -> str:
+        return (
+            f"Rollout({len(self.turns)} turns, {self.trajectory.num_tokens} tokens, at most "
+            f"{self.peak_tokens} held, positions={self.positions!r})"
+        )
+
     @property
     def layout(self) -> Layout:
         """The layout whose forward pass computes what this rollout computed."""
@@ -572,6 +578,8 @@ def collate(
     forms = {rollout.positions for rollout in flat}
     if len(forms) != 1:
         raise ValueError(f"rollouts: expected positions of one form, got {sorted(forms) or 'none'}")
+    if positions not in (None, "kept", "reprefill"):
+        raise ValueError(f"positions: expected 'kept' or 'reprefill', got {positions!r}")
     if positions is not None and forms != {positions}:
         raise ValueError(
             f"rollouts: their positions are {forms.pop()!r}, the trainer's {positions!r}; "

@@ -151,11 +151,14 @@ def keep_last(turns: int) -> Retention:
     """Keeps the prompt and the last `turns` turns, the one being written included.
 
     Raises:
+        TypeError: turns is no integer.
         ValueError: turns < 1.
 
     >>> keep_last(2)([Segment("prompt", 4), *(Segment("action", 1, t) for t in range(4))])
     [5, 3, 4, 5, 5]
     """
+    if not isinstance(turns, int):
+        raise TypeError(f"turns: expected an integer, as in keep_last(2), got {turns!r}")
     if turns < 1:
         raise ValueError(f"turns: expected at least 1, got {turns}")
 
@@ -208,6 +211,8 @@ def retained(
     >>> retained([Segment("prompt", 4), Segment("state", 2, 1)], keep_all)
     ([2, 2], None)
     """
+    if not callable(retention):
+        raise TypeError(f"retention: expected a function such as mem1, got {retention!r}")
     name = getattr(retention, "__name__", repr(retention))
     answer = retention(segments)
     floors: list[int] | None = None
@@ -454,6 +459,8 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
     >>> tree.expiry.tolist(), tree.position_ids.tolist(), tree.predecessor.tolist()
     ([5, 5, 4, 4, 5], [0, 1, 2, 3, 2], [-1, 0, 1, 2, 1])
     """
+    if isinstance(items, Layout):
+        raise TypeError(f"items: expected a sequence, got one {type(items).__name__}")
     groups = [[item] if isinstance(item, Layout) else list(item) for item in items]
     members = [member for group in groups for member in group]
     if not members or not all(groups):
@@ -562,6 +569,8 @@ def unroll(trajectory: Trajectory) -> Layout:
     >>> layout.loss_mask.int().tolist()
     [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
     """
+    if not isinstance(trajectory, Trajectory):
+        raise TypeError(f"trajectory: expected a Trajectory, got {type(trajectory).__name__}")
     segments = trajectory.segments
     expires, floors = retained(segments, trajectory.retention)
     if floors is not None:

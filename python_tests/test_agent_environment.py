@@ -67,11 +67,12 @@ def test_a_failing_tool_ends_its_episode_and_not_the_run(workers, error, caplog)
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (("x", None, False), "TypeError: "),
+        (("x", None, False), "ValueError: reward: expected a finite number, got None"),
+        (("x", 0.0), "TypeError: step: expected a Step or 3 values, got 2"),
         (("x", "1", False), "ValueError: reward: expected a finite number, got '1'"),
         (("x", float("nan"), False), "ValueError: reward: expected a finite number, got nan"),
         (("x", 0.0, None), "TypeError: done: expected True or False, got None"),
-        (("x", 0.0, True, [1.0]), "TypeError: scores: expected a mapping, got list"),
+        (Step("x", 0.0, True, [1.0]), "TypeError: scores: expected a mapping, got list"),
         (([1, 2], 0.0, False), "TypeError: observation: expected str, got list"),
     ],
 )

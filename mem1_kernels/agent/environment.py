@@ -112,6 +112,10 @@ class EnvironmentBatch:
         self.make = make
         self.workers = workers
         self.environments: list[Environment] = [make()]
+        for name in ("tags", "reset", "step"):
+            if not hasattr(self.environments[0], name):
+                kind = type(self.environments[0]).__name__
+                raise TypeError(f"environment: expected tags, reset and step; {kind} has no {name}")
         self.episodes: list[Episode] = []
 
     @property
@@ -160,7 +164,7 @@ class EnvironmentBatch:
             episode = self.episodes[place]
             episode.turns += 1
             try:
-                step = _checked(Step(*self.environments[place].step(turn)), self.tags)
+                step = _checked(self.environments[place].step(turn), self.tags)
             except Exception as error:  # whatever a tool raises ends its own episode only
                 return self._fail(place, error)
             episode.reward += step.reward
@@ -190,8 +194,11 @@ class EnvironmentBatch:
             return list(pool.map(function, places))
 
 
-def _checked(step: Step, tags: Tags) -> Step:
-    """The step, its reward as a float; what is none raises."""
+def _checked(answer: Step | tuple, tags: Tags) -> Step:
+    """The answer as a step, its reward as a float; what is none raises."""
+    if not isinstance(answer, Step) and len(answer) != 3:
+        raise TypeError(f"step: expected a Step or 3 values, got {len(answer)}")
+    step = Step(*answer)
     speaks_ids = isinstance(tags.stops[0], int)
     observation, done, scores = step.observation, step.done, step.scores
     reward: Any = step.reward

@@ -11,6 +11,11 @@ a cache that is pruned in place.
 
 from __future__ import annotations
 
+import importlib.util
+
+if importlib.util.find_spec("transformers") is None:
+    raise ImportError("transformers is not installed (`pip install mem1-kernels[hf]`)")
+
 from mem1_kernels.hf.cache import TrajectoryCache
 from mem1_kernels.hf.patch import NAME, is_patched, patch, patched, unpatch
 

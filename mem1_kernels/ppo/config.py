@@ -239,5 +239,5 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     try:
         return Config(**values) if path is None else read_config(path, **values)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -738,7 +738,7 @@ def warm_start(learner: Learner, world: World, retention: Retention, progress: b
     if not traces and world.demonstrate is None:
         raise ValueError("transcripts: this task has no teacher; expected a file of traces")
     watch = Stopwatch(accelerator.device)
-    bar = tqdm(range(config.sft_steps), "warm start", disable=not progress)
+    bar = tqdm(range(config.sft_steps), "warm start", disable=None if progress else True)
     figures = {"loss": math.nan}
     for step in bar:
         rng = random.Random(f"{config.seed}/sft/{step}")
@@ -1072,7 +1072,9 @@ def train(
             arithmetic is off by and `importance_cap`, which corrects for that. Unless told the
             policy itself plays.
         accelerator: one that is set up already; made from the environment unless given.
-        progress: show progress bars (on the main process).
+        progress: show progress bars, on a terminal and on the main process. `context` is the most
+            tokens that a cache row held and the mean of whole trajectories, `gap` the largest
+            difference of rollout's and trainer's log-probs.
 
     Returns:
         The policy, unpatched, in one piece and on every process, and the history: a record a step
@@ -1117,7 +1119,9 @@ def train(
         table = evaluate(config, learner.ready_engine(), world=world, accelerator=accelerator)
         log({"step": step, "evaluation": table})
 
-    bar = tqdm(range(first_step, config.steps), config.algorithm, disable=not progress)
+    bar = tqdm(
+        range(first_step, config.steps), config.algorithm, disable=None if progress else True
+    )
     for step in bar:
         if config.eval_every and step % config.eval_every == 0:
             evaluation(step)
