@@ -219,18 +219,25 @@ def backward_of(run: Forward, case: Case) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(out, leaves, case.grad_out, retain_graph=True)
 
 
-def whole_steps(case: Case, runs: dict[str, Forward], device: str) -> dict[str, Callable[[], Any]]:
-    """Plan, forward and backward of each implementation that has a backward."""
+def prepare_backward(
+    name: str, run: Forward, case: Case, device: str
+) -> tuple[Callable[[], Any] | None, str]:
+    """The backward ready to run, or None and why it cannot."""
+    if name == "flex" and device == "cpu":
+        return None, "FlexAttention has no backward on the CPU"
+    try:
+        backward = backward_of(run, case)
+        backward()
+    except (RuntimeError, NotImplementedError) as error:
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return backward, ""
+
+
+def whole_step(name: str, run: Forward, case: Case) -> Callable[[], Any]:
+    """Plan, forward and backward in one; those without a plan go on with `run`."""
     leaves = (case.query, case.key, case.value)
-    plans: dict[str, Callable[[Case], Forward]] = {"ours": ours}
-    if device == "cuda":
-        plans["flex"] = flex
-
-    def step(name: str) -> Callable[[], Any]:
-        make = plans.get(name, lambda case: runs[name])
-        return lambda: torch.autograd.grad(make(case)(), leaves, case.grad_out)
-
-    return {name: step(name) for name in runs if name != "flex" or device == "cuda"}
+    make = {"ours": ours, "flex": flex}.get(name, lambda case: run)
+    return lambda: torch.autograd.grad(make(case)(), leaves, case.grad_out)
 
 
 def bench_case(case: Case, passes: list[str], peers: list[str], options: dict) -> list[dict]:
@@ -267,23 +274,19 @@ def bench_case(case: Case, passes: list[str], peers: list[str], options: dict) -
     if "forward" in passes:
         with torch.no_grad():
             record("forward", 4, measure(runs, **timing))
-    if "backward" in passes:
-        backwards = {}
+    backwards: dict[str, Callable[[], Any]] = {}
+    if {"backward", "all"} & set(passes):
         for name, run in runs.items():
-            if name == "flex" and device == "cpu":
-                why = "FlexAttention has no backward on the CPU"
+            backward, why = prepare_backward(name, run, case, device)
+            if backward is None:
                 rows.append({"pass": "backward", "implementation": name, "skipped": why})
-                continue
-            try:
-                backwards[name] = backward_of(run, case)
-                backwards[name]()
-            except (RuntimeError, NotImplementedError) as error:
-                why = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-                rows.append({"pass": "backward", "implementation": name, "skipped": why})
-                backwards.pop(name, None)
+            else:
+                backwards[name] = backward
+    if "backward" in passes:
         record("backward", 10, measure(backwards, **timing))
     if "all" in passes:
-        record("all", 14, measure(whole_steps(case, runs, device), **timing))
+        steps = {name: whole_step(name, runs[name], case) for name in backwards}
+        record("all", 14, measure(steps, **timing))
     return rows
 
 

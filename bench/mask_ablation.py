@@ -77,7 +77,7 @@ COLOURS = {"exact": "#2a9d8f", "release": "#e9a23b", "as released": "#c8553d"}
 
 
 Curves = dict[str, dict[str, list[list[float]]]]
-"""Warm start -> mask -> rewards of each seed's run, step by step."""
+"""Warm start -> mask -> a figure of each seed's run, step by step."""
 
 WARM_STARTS = {"exact": "exact warm start, PPO under the mask", "own": "both under the mask"}
 

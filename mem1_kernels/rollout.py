@@ -144,7 +144,7 @@ class TrajectoryRollout:
         for name, value in (("max_turns", max_turns), ("max_new_tokens", max_new_tokens)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        _check_temperature(temperature)
+        check_temperature(temperature)
         stop_ids = read_ids("stop_ids", stop_ids)
         check_stop_strings(stop_strings)
         if stop_strings and tokenizer is None:
@@ -417,7 +417,8 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
             raise ValueError(f"stop_strings: expected strings that are not empty, got {stop!r}")
 
 
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless one can sample at it."""
     if not temperature >= 0:
         raise ValueError(f"temperature: expected 0 or more, got {temperature}")
 
@@ -610,7 +611,7 @@ def score(model: Any, layout: Layout, *, temperature: float = 1.0) -> Tensor:
         ValueError: the layout has no token ids, or a generated token that nothing predicts; a
             temperature < 0.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if layout.token_ids is None:
         raise ValueError("layout: has no token ids; its segments were given as counts")
     generated = layout.loss_mask.nonzero().flatten()

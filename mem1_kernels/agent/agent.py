@@ -33,7 +33,7 @@ from mem1_kernels.agent.metrics import TurnTokens
 from mem1_kernels.agent.qa import QATask, RetrievalQA, split_answers
 from mem1_kernels.agent.retrieval import BM25, RetrievalServer
 from mem1_kernels.agent.tags import MEM1, Content, Tags, TagSet
-from mem1_kernels.rollout import Rollout, Turn
+from mem1_kernels.rollout import Rollout, Turn, check_temperature
 from mem1_kernels.trajectory import Retention, Trajectory, mem1
 
 MODELS = {"mem1-7b": "Mem-Lab/Qwen2.5-7B-RL-RAG-Q2-EM-Release"}
@@ -239,8 +239,7 @@ class MemoryEfficientAgent:
         ):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature: expected 0 or more, got {temperature}")
+        check_temperature(temperature)
         if isinstance(engine, str) and not (engine in ("pruned", "reprefill") or _is_url(engine)):
             raise ValueError(
                 f"engine: expected 'pruned', 'reprefill' or an address http://…/v1, got {engine!r}"
