@@ -152,8 +152,8 @@ def main() -> None:
         for row in rows_for(turns, args):
             rows.append(row)
             print_row(row, COLUMNS)
-    if args.out:
-        write_results(args.out, args.device, rows)
+        if args.out:
+            write_results(args.out, args.device, rows)
 
 
 if __name__ == "__main__":
