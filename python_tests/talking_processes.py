@@ -5,12 +5,13 @@ FSDP2, each time stopped after two steps and resumed.
 
 from __future__ import annotations
 
+import gc
 import random
 import zlib
 from dataclasses import replace
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -63,3 +64,5 @@ if __name__ == "__main__":
         config = replace(whole, out=f"{whole.out}/{kind.__name__}")
         for part in (replace(config, steps=2), replace(config, resume=True)):
             train(part, world=talk(part), accelerator=kind(), progress=False)
+    gc.collect()  # as mem1_kernels.ppo does
+    PartialState().destroy_process_group()

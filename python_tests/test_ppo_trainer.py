@@ -544,6 +544,19 @@ def test_logs_and_pictures(tmp_path):
 # several processes
 
 
+def run_together(command):
+    """Runs a launcher of processes; one that does not end is told to take them with it."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as launcher:
+        try:
+            _, errors = launcher.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()
+            raise
+    assert launcher.returncode == 0, errors[-3000:]
+
+
 def test_two_processes_give_the_losses_of_one(tmp_path):
     """Two processes over gloo, under DDP and FSDP2, each time stopped after step 1 and resumed."""
     from safetensors.torch import load_file
@@ -571,14 +584,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     launch += ["-m", "python_tests.talking_processes"]
-    done = subprocess.run(
-        [*launch, *arguments, f"--out={tmp_path / 'two'}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_together([*launch, *arguments, f"--out={tmp_path / 'two'}"])
     weights = load_file(tmp_path / "one" / "policy" / "model.safetensors")
     for out in (tmp_path / "two" / "Accelerator", tmp_path / "two" / "ShardedAccelerator"):
         lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -615,14 +621,7 @@ def test_the_command_line_trains_in_two_processes(tmp_path):
         "eval-sizes": 1,
         "eval-episodes": 4,
     }
-    done = subprocess.run(
-        [*launch, *(f"--{name}={value}" for name, value in options.items())],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_together([*launch, *(f"--{name}={value}" for name, value in options.items())])
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [(r["step"], "evaluation" in r) for r in records] == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from mem1_kernels.ppo.config import parse_arguments
 
 
@@ -14,7 +16,10 @@ def main() -> None:
     from mem1_kernels.ppo.trainer import train
 
     run = train(config)
-    if not PartialState().is_main_process:
+    gc.collect()  # a DDP wrapper that outlives its process group can hang in gloo
+    state = PartialState()
+    state.destroy_process_group()
+    if not state.is_main_process:
         return
     if run.rewards:
         print(f"reward {run.rewards[0]:.3f} -> {run.rewards[-1]:.3f} over {len(run.rewards)} steps")
