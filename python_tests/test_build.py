@@ -165,6 +165,8 @@ def cmake_commands(tmp_path_factory) -> Iterator[dict[str, list[str]]]:
         capture_output=True,
         text=True,
     )
+    if torch.version.cuda and "cannot find the CUDA" in result.stderr:
+        pytest.skip("torch's CMake package wants the CUDA toolkit that its torch was built with")
     assert result.returncode == 0, result.stdout + result.stderr
     entries = json.loads((folder / "compile_commands.json").read_text())
     commands = {
