@@ -5,6 +5,13 @@ from __future__ import annotations
 from mem1_kernels.block_plan import BlockPlan
 from mem1_kernels.mask import visible
 from mem1_kernels.ops.attention import trajectory_attention
+from mem1_kernels.ops.kv_cache import (
+    Rope,
+    append_kv_,
+    cached_attention,
+    prune_kv_,
+    prune_paged_kv_,
+)
 from mem1_kernels.trajectory import (
     Layout,
     Retention,
@@ -25,14 +32,19 @@ __all__ = [
     "BlockPlan",
     "Layout",
     "Retention",
+    "Rope",
     "Segment",
     "Trajectory",
+    "append_kv_",
+    "cached_attention",
     "fold",
     "keep_all",
     "keep_last",
     "mem1",
     "mem1_release",
     "pack",
+    "prune_kv_",
+    "prune_paged_kv_",
     "trajectory_attention",
     "unroll",
     "visible",

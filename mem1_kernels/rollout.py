@@ -332,8 +332,8 @@ class Row:
             ValueError: state_tokens gave no length of a part of it.
         """
         state = self.state_tokens(list(token_ids)) if self.state_tokens else 0
-        if not 0 <= state <= len(token_ids):
-            raise ValueError(f"state_tokens: expected 0 to {len(token_ids)}, got {state}")
+        if type(state) is not int or not 0 <= state <= len(token_ids):
+            raise ValueError(f"state_tokens: expected 0 to {len(token_ids)}, got {state!r}")
         self.add(Segment("state", token_ids[:state], number, self.depth))
         self.add(Segment("action", token_ids[state:], number, self.depth))
         self.turns.append(Turn(self.index, number, token_ids, closed, self.depth))
@@ -570,12 +570,18 @@ def collate(
         The layout and its sampled log-probs, float32 `[tokens]` (0 where nothing was sampled).
 
     Raises:
+        TypeError: something that is no Rollout or sequence of them.
         ValueError: nothing to pack, rollouts of two forms, or of another form than `positions`:
             their log-probs differ by whole units, so training would be off-policy.
     """
+    if isinstance(rollouts, Rollout):
+        raise TypeError("rollouts: expected a sequence, got one Rollout")
     flat: list[Rollout] = []
     for item in rollouts:
         flat += [item] if isinstance(item, Rollout) else item
+    for rollout in flat:
+        if not isinstance(rollout, Rollout):
+            raise TypeError(f"rollouts: expected Rollouts, got {type(rollout).__name__}")
     forms = {rollout.positions for rollout in flat}
     if len(forms) != 1:
         raise ValueError(f"rollouts: expected positions of one form, got {sorted(forms) or 'none'}")

@@ -358,6 +358,7 @@ class Trajectory(Layout):
         retention: which segment drops which, `mem1` unless told.
 
     Raises:
+        TypeError: something that is no segment, or a policy that is no function.
         ValueError: no segments, decreasing turns, some segments with ids and some without, or a
             policy whose answer makes no sense.
 
@@ -375,6 +376,9 @@ class Trajectory(Layout):
         segments = tuple(segments)
         if not segments:
             raise ValueError("segments: expected at least one, got none")
+        for segment in segments:
+            if not isinstance(segment, Segment):
+                raise TypeError(f"segments: expected Segments, got {type(segment).__name__}")
         for before, after in zip(segments, segments[1:], strict=False):
             if after.turn < before.turn:
                 raise ValueError(
@@ -448,6 +452,7 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
         A Layout; `document` counts the members in the order given.
 
     Raises:
+        TypeError: something that is no trajectory or group of them.
         ValueError: nothing to pack, kept and re-prefilled positions mixed, token ids in some only,
             or a group whose prompts differ, are empty, or do not live to the end.
 
@@ -463,6 +468,9 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
         raise TypeError(f"items: expected a sequence, got one {type(items).__name__}")
     groups = [[item] if isinstance(item, Layout) else list(item) for item in items]
     members = [member for group in groups for member in group]
+    for member in members:
+        if not isinstance(member, Layout):
+            raise TypeError(f"items: expected trajectories, got {type(member).__name__}")
     if not members or not all(groups):
         raise ValueError("items: expected at least one trajectory, and none of the groups empty")
     forms = {member.positions for member in members}

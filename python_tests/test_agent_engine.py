@@ -236,6 +236,7 @@ def test_other_arguments(model, server):
             engine_for(server).run(prompts, world, GENERATION)
     with pytest.raises(ValueError, match="respond: expected 1 replies, got 2"):
         engine_for(server).run([[1]], lambda turns: [None, None], GENERATION)
-    too_many = replace(GENERATION, state_tokens=lambda ids: 99)
-    with pytest.raises(ValueError, match="state_tokens: expected 0 to"):
-        engine_for(server).run([[1]], world, too_many)
+    for wrong in (99, None):
+        splits = replace(GENERATION, state_tokens=lambda ids, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match=f"state_tokens: expected 0 to .*, got {wrong}"):
+            engine_for(server).run([[1]], world, splits)

@@ -325,6 +325,8 @@ TYPE_ERRORS = {
     },
     "value: expected a tensor, got NoneType": {"value": None},
     "expiry: expected int32 or int64, got torch.float32": {"expiry": torch.zeros(8)},
+    "scale: expected a number or None, got str": {"scale": "0.1"},
+    "softcap: expected a number or None, got bool": {"softcap": True},
     "plan: expected a BlockPlan, got Trajectory": {"plan": turns(2, 1, 3, 3, 0)},
 }
 

@@ -324,6 +324,14 @@ def test_stops_of_another_type(message):
         TrajectoryRollout(make_model("qwen2"), tokenizer=Letters(), **WRONG_TYPES[message])
 
 
+def test_collate_takes_rollouts_only():
+    rollout = run(make_model("qwen2"))[0]
+    with pytest.raises(TypeError, match="rollouts: expected a sequence, got one Rollout"):
+        collate(rollout)
+    with pytest.raises(TypeError, match="rollouts: expected Rollouts, got Trajectory"):
+        collate([rollout, [rollout.trajectory]])
+
+
 def test_stops_and_prompts_may_be_tensors():
     model = make_model("qwen2")
     want = run(model)

@@ -551,6 +551,7 @@ BAD_CALLS = {
         "keep", lambda x: x.T.contiguous().T, ValueError, "keep: expected a contiguous last",
     ),
     "flat slots": ("slots", lambda s: [s[0][0]], ValueError, r"slots\[0\]: expected \[2, 12\]"),
+    "slots a tensor": ("slots", lambda s: s[0], ValueError, r"slots\[0\]: expected"),
     "slots no tensor": ("slots", lambda s: [[1]], TypeError, r"slots\[0\]: expected a tensor"),
     "delta alone": ("rope", lambda r: None, ValueError, "rope: position_delta and rope go"),
     "rope alone": (

@@ -313,6 +313,10 @@ def test_type_errors():
         visible(torch.zeros(2))
     with pytest.raises(TypeError, match="expiry: expected a tensor, got list"):
         visible([1, 2])
+    with pytest.raises(TypeError, match="segments: expected Segments, got str"):
+        Trajectory("abc")
+    with pytest.raises(TypeError, match="items: expected trajectories, got Segment"):
+        pack([[Segment("prompt", 2)]])
 
 
 def test_nested_packs_count_documents():

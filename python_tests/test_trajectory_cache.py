@@ -560,8 +560,12 @@ class TestRefusals:
             past.prune_()
         with pytest.raises(ValueError, match="keep: expected either now or keep, got both or none"):
             past.prune_(3, keep=keep)
-        with pytest.raises(TypeError, match="keep: expected bool, got torch.int32"):
+        with pytest.raises(TypeError, match="keep: expected a bool tensor, got torch.int32"):
             past.prune_(keep=past.positions)
+        with pytest.raises(TypeError, match="keep: expected a bool tensor, got list"):
+            past.prune_(keep=[[True] * 256])
+        with pytest.raises(TypeError, match="now: expected integers"):
+            past.prune_("3")
         with pytest.raises(ValueError, match=r"keep: expected \[2, 256\] \(rows, capacity\), got"):
             past.prune_(keep=keep[:, :6])
         with pytest.raises(ValueError, match=r"keep: expected \[1, 256\]"):

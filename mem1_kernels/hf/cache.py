@@ -207,8 +207,9 @@ class TrajectoryCache(Cache):
             times = self._per_row("now", cast(Any, now), len(named)).clamp(max=NEVER - 1)
             alive = self.expiry[index] > times[:, None]
         else:
-            if keep.dtype != torch.bool:
-                raise TypeError(f"keep: expected bool, got {keep.dtype}")
+            if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+                got = getattr(keep, "dtype", type(keep).__name__)
+                raise TypeError(f"keep: expected a bool tensor, got {got}")
             if list(keep.shape) != [len(named), self.capacity]:
                 expected = [len(named), self.capacity]
                 raise ValueError(
@@ -468,7 +469,10 @@ class TrajectoryCache(Cache):
     ) -> Tensor:
         """int32 `[rows]` on the cache's device, from one value for all or one a row."""
         rows = self.batch_size if rows is None else rows
-        values = torch.as_tensor(value)
+        try:
+            values = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected integers ({error})") from None
         if values.dtype.is_floating_point or values.dtype == torch.bool:
             raise TypeError(f"{name}: expected integers, got {values.dtype}")
         if values.dim() and list(values.shape) != [rows]:

@@ -17,12 +17,21 @@ def check_head_dim(head_dim: int) -> None:
 
 
 def check_scores(head_dim: int, scale: float | None, softcap: float | None) -> float:
-    """The scale of the scores, `head_dim ** -0.5` unless told; a bad one raises ValueError."""
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    """The scale of the scores, `head_dim ** -0.5` unless told.
+
+    Raises:
+        TypeError: scale or softcap is no number.
+        ValueError: one that is not a normal float32 > 0.
+    """
+    scale = head_dim**-0.5 if scale is None else scale
     for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not FLOAT.tiny <= value <= FLOAT.max:
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+            raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}")
+        if not FLOAT.tiny <= value <= FLOAT.max:
             raise ValueError(f"{name}: expected a float32 > 0 or None, got {value}")
-    return scale
+    return float(scale)
 
 
 def check_plain(name: str, x: Tensor) -> None:

@@ -71,7 +71,7 @@ def prune_kv_(
     >>> keys[0, 0, :3, 0], lengths
     (tensor([0., 3., 4.]), tensor([3], dtype=torch.int32))
     """
-    slots = list(slots or ())
+    slots = [] if slots is None else list(slots)
     if (position_delta is None) != (rope is None):
         missing = "rope" if rope is None else "position_delta"
         raise ValueError(f"{missing}: position_delta and rope go together, got only one of them")
@@ -160,7 +160,7 @@ def prune_paged_kv_(
     """
     if layout not in ("NHD", "HND"):
         raise ValueError(f"layout: expected 'NHD' or 'HND', got {layout!r}")
-    slots = list(slots or ())
+    slots = [] if slots is None else list(slots)
     if not isinstance(block_table, Tensor):
         raise TypeError(f"block_table: expected a tensor, got {type(block_table).__name__}")
     if freed is None:
