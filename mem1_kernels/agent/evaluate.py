@@ -268,26 +268,30 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("model", help="a Hugging Face id, a path, mem1-7b, or the name that the server serves")
-    add("--task", choices=("qa", "chain", "lookup"), default="qa")
-    add("--data", default="factbook", help="questions: .jsonl, .parquet, or factbook")
-    add("--hops", type=int, default=1, help="look-ups a factbook question takes, 1 to 4")
-    add("--corpus", default="factbook", help=".jsonl, a retrieval server's address, or factbook")
-    add("--topk", type=int, default=3, help="passages a search")
-    add("--objectives", type=int, nargs="+", help="2 4 8 16; chain: 2 4 8 16 32")
-    add("--modes", nargs="+", choices=list(MODES), help="which lines; all that --server allows")
-    add("--server", help="address of an OpenAI-compatible server, such as http://host:8000/v1")
-    add("--episodes", type=int, default=16, help="episodes a line")
-    add("--batch", type=int, default=8, help="episodes side by side")
-    add("--workers", type=int, default=1, help="environments that act at once, for slow tools")
-    add("--max-turns", type=int, default=20)
-    add("--max-new-tokens", type=int, default=512)
-    add("--max-info-tokens", type=int, default=600)
-    add("--temperature", type=float, default=0.0)
-    add("--seed", type=int, default=0, help="of the choice of tasks and of sampling")
-    add("--released", action="store_true", help="count and score as the released script does")
-    add("--out", type=Path, default=Path("evaluation"), help="folder for the JSON and the plot")
+
+    def add(flag: str, text: str, **options: Any) -> None:
+        shown = "" if options.get("default") is None else " (default: %(default)s)"
+        parser.add_argument(flag, help=text + shown, **options)
+
+    add("model", "a Hugging Face id, a path, mem1-7b, or the name that the server serves")
+    add("--task", "what is played", choices=("qa", "chain", "lookup"), default="qa")
+    add("--data", "questions: .jsonl, .parquet, or factbook", default="factbook")
+    add("--hops", "look-ups a factbook question takes, 1 to 4", type=int, default=1)
+    add("--corpus", ".jsonl, a retrieval server's address, or factbook", default="factbook")
+    add("--topk", "passages a search", type=int, default=3)
+    add("--objectives", "default: 2 4 8 16; chain: 2 4 8 16 32", type=int, nargs="+")
+    add("--modes", "which lines; default: all that --server allows", nargs="+", choices=list(MODES))
+    add("--server", "address of an OpenAI-compatible server, such as http://host:8000/v1")
+    add("--episodes", "episodes a line", type=int, default=16)
+    add("--batch", "episodes side by side", type=int, default=8)
+    add("--workers", "environments that act at once, for slow tools", type=int, default=1)
+    add("--max-turns", "turns an episode may take", type=int, default=20)
+    add("--max-new-tokens", "tokens a turn may write", type=int, default=512)
+    add("--max-info-tokens", "tokens of an observation", type=int, default=600)
+    add("--temperature", "of sampling; 0: greedy", type=float, default=0.0)
+    add("--seed", "of the choice of tasks and of sampling", type=int, default=0)
+    add("--released", "count and score as the released script does", action="store_true")
+    add("--out", "folder for the JSON and the plot", type=Path, default=Path("evaluation"))
     return parser.parse_args(arguments)
 
 

@@ -60,6 +60,7 @@ class WebSearch:
     """Search results as passages of title and snippet, behind a direct answer if there is one.
 
     The key is read from the environment and stands in no cache file and in no error message.
+    SerpApi takes it in the URL, which httpx's own logger writes at INFO; Serper in a header.
 
     Args:
         provider: "serper" or "serpapi".
