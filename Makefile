@@ -6,7 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_ARGS ?=
-PYTEST_ARGS ?= -n 2
+# A test that hangs fails, and shows where.
+PYTEST_ARGS ?= -n 2 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 BENCH_ARGS ?= --quick
 
 BIN := $(VENV)/bin

@@ -93,11 +93,11 @@ class Case:
 def make_case(expiry: Tensor, dtype: torch.dtype, options: argparse.Namespace) -> Case:
     """Seeded normal values for a layout; zeros would run faster than real data."""
     tokens = len(expiry)
-    generator = torch.Generator().manual_seed(tokens)
+    generator = torch.Generator(options.device).manual_seed(tokens)
 
     def normal(count: int) -> Tensor:
         shape = (options.batch, tokens, count, options.head_dim)
-        return torch.randn(shape, generator=generator).to(options.device, dtype)
+        return torch.randn(shape, generator=generator, device=options.device).to(dtype)
 
     query, key, value = (normal(n) for n in (options.heads, options.kv_heads, options.kv_heads))
     return Case(

@@ -109,7 +109,9 @@ def rows_for(turns: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         "hf full": lambda: peak.update({"hf full": hf_full(model, turns, batch)}),
     }
     candidates = {way: candidates[way] for way in ("pruned", *args.ways)}
-    times = measure(candidates, device=args.device, rounds=args.rounds, seconds=1e9, warmup=0)
+    # On a GPU the first run of a way compiles its kernels.
+    warmup = int(args.device == "cuda")
+    times = measure(candidates, device=args.device, rounds=args.rounds, seconds=1e9, warmup=warmup)
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+QUEUED = 2_000_000  # clock cycles, about 1 ms, for the host to launch a candidate's kernels in
+
 
 @dataclass
 class Timing:
@@ -59,8 +61,8 @@ def measure(
     """Times every candidate once a round, for `rounds` rounds or until `seconds` have passed.
 
     At least three rounds are run. Before each timing a write of 256 MB clears the caches, so that
-    nobody finds in them what the candidate before it has read. On CUDA it times with events, on the
-    stream.
+    nobody finds in them what the candidate before it has read. On CUDA it times with events, on a
+    stream kept busy until the candidate is queued: what the host takes to launch is not in it.
     """
     for run in candidates.values():
         for _ in range(warmup):
@@ -86,6 +88,7 @@ def _cpu_timer(run: Callable[[], Any]) -> float:
 
 def _cuda_timer(run: Callable[[], Any]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(QUEUED)
     begin.record()
     run()
     end.record()

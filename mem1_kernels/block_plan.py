@@ -106,8 +106,9 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """This plan on another device."""
+        on_its_way = torch.device(device).type == "cuda"  # to the CPU it would be read unfinished
         moved = {
-            name: None if value is None else value.to(device, non_blocking=True)
+            name: None if value is None else value.to(device, non_blocking=on_its_way)
             for name, value in vars(self).items()
         }
         return BlockPlan(**moved)  # type: ignore[arg-type]

@@ -153,6 +153,7 @@ def test_prune_neither_waits_nor_allocates_and_replays_in_a_graph() -> None:
         lengths.copy_(new_lengths)
         keep.copy_(new_keep)
         delta.random_(-500, 500)
+        ids.copy_(torch.arange(batch * capacity, device="cuda").view_as(ids))  # moves double them
         old = [x.clone() for x in (keys[-1], values[0], ids)]
         graph.replay()
         for b in range(batch):

@@ -230,7 +230,8 @@ def test_what_nobody_sees_may_hold_anything(with_floor):
     inputs = make_inputs(1, tokens, 2, 1, 16)
     results = check(poisoned(inputs, expiry, floor), expiry, floor)
     assert torch.equal(results[0][0, 0], torch.zeros_like(results[0][0, 0]))
-    clean = launch(inputs, BlockPlan.from_expiry(expiry.to(DEVICE), floor))
+    plan = BlockPlan.from_expiry(expiry.to(DEVICE), None if floor is None else floor.to(DEVICE))
+    clean = launch(inputs, plan)
     for name, got, expected in zip(RESULTS, results, clean, strict=True):
         assert torch.equal(got, expected), name
 

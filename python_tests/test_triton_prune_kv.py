@@ -27,9 +27,10 @@ from mem1_kernels.ops.rope import Rope
 pytest.importorskip("triton")
 from mem1_kernels.ops.triton import prune_kv
 
-# The interpreter runs programs one by one, so few of them; several blocks to a row all the same.
-prune_kv.PROGRAMS, prune_kv.LIST_BLOCK = 24, 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    # The interpreter runs programs one by one, so few of them; several blocks a row all the same.
+    prune_kv.PROGRAMS, prune_kv.LIST_BLOCK = 24, 128
 
 
 def on_device(xs):

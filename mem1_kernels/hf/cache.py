@@ -161,7 +161,7 @@ class TrajectoryCache(Cache):
         stands until a pass has begun, whatever is pruned before that.
 
         Args:
-            counts: `[batch]`, 0 or more each. (A CPU tensor or a list spares a wait.)
+            counts: `[batch]`, 0 or more each; read on the host, so best a list or a CPU tensor.
             expiry: of the new slots: one for all, or `[batch]`.
 
         Raises:

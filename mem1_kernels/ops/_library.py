@@ -86,50 +86,6 @@ def _reference_bwd(
         )
 
 
-def _triton_fwd(query, key, value, expiry, floor, rows, scale, softcap):
-    from mem1_kernels.ops.triton import attention
-
-    return attention.forward(query, key, value, expiry, floor, rows, scale, softcap)
-
-
-def _triton_bwd(
-    grad_out, grad_lse, query, key, value, out, lse, expiry, floor, rows, columns, scale, softcap
-):
-    from mem1_kernels.ops.triton import attention
-
-    return attention.backward(
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        expiry,
-        floor,
-        rows,
-        columns,
-        scale,
-        softcap,
-    )
-
-
-def _triton_append_kv_(keys, values, key_cache, value_cache, lengths, counts):
-    from mem1_kernels.ops.triton import cached_attention
-
-    cached_attention.append_kv_(keys, values, key_cache, value_cache, lengths, counts)
-
-
-def _triton_cached_attention(
-    query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
-):
-    from mem1_kernels.ops.triton import cached_attention
-
-    return cached_attention.cached_attention(
-        query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
-    )
-
-
 def _reference_cached_attention(
     query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
 ):
@@ -139,24 +95,18 @@ def _reference_cached_attention(
         )
 
 
-def _triton_prune_kv_(
-    keys, values, lengths, keep, slots, ordered, position_delta, rope_steps, interleaved
-):
-    from mem1_kernels.ops.triton import prune_kv
+def _triton(module: str, name: str) -> Callable:
+    """A launcher in ops/triton, imported when first called.
 
-    prune_kv.prune_kv_(
-        keys, values, lengths, keep, slots, ordered, position_delta, rope_steps, interleaved
-    )
+    It runs under its tensors' device: Triton launches on the current one, whichever that is.
+    """
 
+    def launch(*arguments):
+        launcher = getattr(importlib.import_module(f"mem1_kernels.ops.triton.{module}"), name)
+        with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
+            return launcher(*arguments)
 
-def _triton_prune_paged_kv_(
-    keys, values, block_table, lengths, keep, page_refs, slots, freed, freed_counts
-):
-    from mem1_kernels.ops.triton import prune_kv
-
-    prune_kv.prune_paged_kv_(
-        keys, values, block_table, lengths, keep, page_refs, slots, freed, freed_counts
-    )
+    return launch
 
 
 for _device in ("CPU", "CUDA"):
@@ -165,12 +115,16 @@ for _device in ("CPU", "CUDA"):
 
 _NO_COMPILED = "not in the extension" if HAS_EXTENSION else "no extension built"
 for _op, _in_torch, _in_triton in (
-    ("trajectory_attention_fwd", _reference_fwd, _triton_fwd),
-    ("trajectory_attention_bwd", _reference_bwd, _triton_bwd),
-    ("append_kv_", reference.append_kv_, _triton_append_kv_),
-    ("cached_attention", _reference_cached_attention, _triton_cached_attention),
-    ("prune_kv_", reference.prune_kv_, _triton_prune_kv_),
-    ("prune_paged_kv_", reference.prune_paged_kv_, _triton_prune_paged_kv_),
+    ("trajectory_attention_fwd", _reference_fwd, _triton("attention", "forward")),
+    ("trajectory_attention_bwd", _reference_bwd, _triton("attention", "backward")),
+    ("append_kv_", reference.append_kv_, _triton("cached_attention", "append_kv_")),
+    (
+        "cached_attention",
+        _reference_cached_attention,
+        _triton("cached_attention", "cached_attention"),
+    ),
+    ("prune_kv_", reference.prune_kv_, _triton("prune_kv", "prune_kv_")),
+    ("prune_paged_kv_", reference.prune_paged_kv_, _triton("prune_kv", "prune_paged_kv_")),
 ):
     _serve(_op, "CPU", _in_torch, f"plain torch ({_NO_COMPILED})")
     if HAS_TRITON:

@@ -78,28 +78,27 @@ def forward(
     lse = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     config = _config("fwd", query)
     grid = (batch * heads, -(-tokens // TILE) * (TILE // config.block_m))
-    with torch.cuda.device_of(query):
-        kernels._fwd_kernel[grid](
-            query,
-            key,
-            value,
-            out,
-            lse,
-            expiry,
-            floor,
-            *rows,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            heads,
-            tokens,
-            int(expiry.shape[0] > 1),
-            *_score_factors(scale, softcap),
-            **_flags(query, key, floor, softcap),
-            **_shape(head_dim, configs.head_chunks(head_dim)),
-            **_blocks(config),
-            **_options(config),
-        )
+    kernels._fwd_kernel[grid](
+        query,
+        key,
+        value,
+        out,
+        lse,
+        expiry,
+        floor,
+        *rows,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        heads,
+        tokens,
+        int(expiry.shape[0] > 1),
+        *_score_factors(scale, softcap),
+        **_flags(query, key, floor, softcap),
+        **_shape(head_dim, configs.head_chunks(head_dim)),
+        **_blocks(config),
+        **_options(config),
+    )
     return out, lse
 
 
@@ -143,76 +142,38 @@ def backward(
     shape = _shape(head_dim, configs.head_chunks(head_dim))
     inputs = (query, key, value, grad_out)
     strides = [stride for x in inputs for stride in x.stride()[:3]]
-    with torch.cuda.device_of(query):
-        config = _config("preprocess", query)
-        kernels._bwd_preprocess_kernel[batch * heads, n * (TILE // config.block_m)](
-            out,
-            grad_out,
-            lse,
-            grad_lse,
-            lse2,
-            delta,
-            *grad_out.stride()[:3],
-            heads,
-            tokens,
-            HAS_GRAD_LSE=grad_lse is not None,
-            **shape,
-            BLOCK_M=config.block_m,
-            **_options(config),
-        )
-        config = _config("dkdv", query)
-        chunks, accumulated = configs.dkdv_chunks(head_dim)
-        for chunk in accumulated:
-            kernels._bwd_dkdv_kernel[batch * kv_heads, 2 * n * (TILE // config.block_n)](
-                *inputs,
-                lse2,
-                delta,
-                grad_key,
-                grad_value,
-                *work,
-                expiry,
-                floor,
-                col_offsets,
-                col_partial,
-                col_tiles,
-                *items,
-                *strides,
-                heads,
-                tokens,
-                plan_step,
-                pre,
-                post,
-                scale,
-                **flags,
-                **_shape(head_dim, chunks),
-                CHUNK=chunk,
-                **_blocks(config),
-                **_options(config),
-            )
-        if slots:
-            config = _config("sum", query)
-            kernels._bwd_sum_kernel[batch * kv_heads, n * (TILE // config.block_n)](
-                *work,
-                grad_key,
-                grad_value,
-                col_first_slot,
-                col_slots,
-                kv_heads,
-                tokens,
-                plan_step,
-                **shape,
-                BLOCK_N=config.block_n,
-                **_options(config),
-            )
-        config = _config("dq", query)
-        kernels._bwd_dq_kernel[batch * heads, n * (TILE // config.block_m)](
+    config = _config("preprocess", query)
+    kernels._bwd_preprocess_kernel[batch * heads, n * (TILE // config.block_m)](
+        out,
+        grad_out,
+        lse,
+        grad_lse,
+        lse2,
+        delta,
+        *grad_out.stride()[:3],
+        heads,
+        tokens,
+        HAS_GRAD_LSE=grad_lse is not None,
+        **shape,
+        BLOCK_M=config.block_m,
+        **_options(config),
+    )
+    config = _config("dkdv", query)
+    chunks, accumulated = configs.dkdv_chunks(head_dim)
+    for chunk in accumulated:
+        kernels._bwd_dkdv_kernel[batch * kv_heads, 2 * n * (TILE // config.block_n)](
             *inputs,
             lse2,
             delta,
-            grad_query,
+            grad_key,
+            grad_value,
+            *work,
             expiry,
             floor,
-            *rows,
+            col_offsets,
+            col_partial,
+            col_tiles,
+            *items,
             *strides,
             heads,
             tokens,
@@ -221,8 +182,45 @@ def backward(
             post,
             scale,
             **flags,
-            **shape,
+            **_shape(head_dim, chunks),
+            CHUNK=chunk,
             **_blocks(config),
             **_options(config),
         )
+    if slots:
+        config = _config("sum", query)
+        kernels._bwd_sum_kernel[batch * kv_heads, n * (TILE // config.block_n)](
+            *work,
+            grad_key,
+            grad_value,
+            col_first_slot,
+            col_slots,
+            kv_heads,
+            tokens,
+            plan_step,
+            **shape,
+            BLOCK_N=config.block_n,
+            **_options(config),
+        )
+    config = _config("dq", query)
+    kernels._bwd_dq_kernel[batch * heads, n * (TILE // config.block_m)](
+        *inputs,
+        lse2,
+        delta,
+        grad_query,
+        expiry,
+        floor,
+        *rows,
+        *strides,
+        heads,
+        tokens,
+        plan_step,
+        pre,
+        post,
+        scale,
+        **flags,
+        **shape,
+        **_blocks(config),
+        **_options(config),
+    )
     return grad_query, grad_key, grad_value
