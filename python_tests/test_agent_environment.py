@@ -73,6 +73,7 @@ def test_a_failing_tool_ends_its_episode_and_not_the_run(workers, error, caplog)
         (("x", float("nan"), False), "ValueError: reward: expected a finite number, got nan"),
         (("x", 0.0, None), "TypeError: done: expected True or False, got None"),
         (Step("x", 0.0, True, [1.0]), "TypeError: scores: expected a mapping, got list"),
+        (Step("x", 0.0, True, {"em": None}), "ValueError: scores: expected finite numbers as 'em'"),
         (([1, 2], 0.0, False), "TypeError: observation: expected str, got list"),
     ],
 )

@@ -96,12 +96,14 @@ def test_as_the_released_script_counts(monkeypatch):
 
 def test_every_mode_gets_the_same_tasks_and_enough_turns(monkeypatch):
     seen: list[tuple[str, int, int]] = []
+    seeds: list[int] = []
 
     def make(mode):
         agent = chain_agent(mode)
         run = agent.run
 
         def spy(tasks, *, max_turns):
+            seeds.append(agent.seed)
             seen.append((mode, len(tasks), max_turns))
             assert all(task in drawn[task.searches] for task in tasks)
             return run(tasks, max_turns=max_turns)
@@ -132,6 +134,7 @@ def test_every_mode_gets_the_same_tasks_and_enough_turns(monkeypatch):
         ("full", 2, 9),
         ("full", 1, 9),
     ]
+    assert seeds[:5] == [0, 0, 2, 0, 2], "batches that draw differently, the same for every line"
 
 
 def test_the_command_line_on_a_chain(tmp_path, capsys):

@@ -6,6 +6,7 @@ import random
 import sys
 
 import pytest
+import tokenizers
 import torch
 from agent_models import END, Script, completions, greedy_writer, make_model, make_tokenizer
 from local_server import serve
@@ -314,6 +315,29 @@ def test_a_chat_template_is_used_where_there_is_one(monkeypatch, make_agent):
     prompt = tokenizer.decode(result.trajectory.segments[0].ids)
     assert prompt.startswith("[user]You answer questions")
     assert prompt.endswith("[assistant]")
+
+
+def test_tags_may_be_special_tokens():
+    tokenizer = make_tokenizer()
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    turn = "<think>easy</think><answer>yes</answer>"
+    ids = tokenizer.encode(turn)
+    assert len(set(ids) & set(tokenizer.convert_tokens_to_ids(tags))) == 4
+    assert agent_module._Codec(tokenizer).decode([*ids, tokenizer.eos_token_id]) == turn
+
+
+def test_a_plain_prompt_begins_as_the_tokenizer_begins_texts():
+    tokenizer = make_tokenizer()
+    plain = agent_module._Codec(tokenizer).prompt("What is it?")
+    assert plain == tokenizer.encode("What is it?")
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin|> $A <|end|>",
+        special_tokens=[("<|begin|>", tokenizer.bos_token_id), (END, tokenizer.eos_token_id)],
+    )
+    begun = agent_module._Codec(tokenizer).prompt("What is it?")
+    assert begun == [tokenizer.bos_token_id, *plain]
 
 
 def test_no_question_ends_the_users_message(make_agent):

@@ -221,6 +221,10 @@ def test_questions_from_jsonl(tmp_path):
     path.write_text('{"question": "a?", "answer": "b"}\n{"question": "c?"}')
     with pytest.raises(ValueError, match="record 2: expected question"):
         load_questions(path)
+    for wrong in ({"golden_answers": {"target": ["Paris"]}}, {"answer": None}, {"answer": [True]}):
+        path.write_text(json.dumps({"question": "a?"} | wrong))
+        with pytest.raises(ValueError, match=r"record 1: .*\(golden_answers: "):
+            load_questions(path)
     path.write_text('{"question": "a?", "golden_answers": []}')
     with pytest.raises(ValueError, match="record 1"):
         load_questions(path)

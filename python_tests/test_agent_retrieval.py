@@ -227,10 +227,11 @@ def test_replies_are_kept_without_the_key(monkeypatch, tmp_path):
     files = list(cache.iterdir())
     assert len(files) == 3 and all(file.suffix == ".json" for file in files)
     assert all(KEY not in file.read_text() for file in files)
-    files[0].write_text('[{"id"')
-    with pytest.raises(ToolError, match=f"damaged cache file .*{files[0].name}"):
-        for topk, query in [(2, "x"), (3, "x"), (3, "y")]:
-            WebSearch("serper", url=server.url, cache=cache).search([query], topk=topk)
+    for damaged in ('[{"id"', "{}"):
+        files[0].write_text(damaged)
+        with pytest.raises(ToolError, match=f"damaged cache file .*{files[0].name}"):
+            for topk, query in [(2, "x"), (3, "x"), (3, "y")]:
+                WebSearch("serper", url=server.url, cache=cache).search([query], topk=topk)
 
 
 def test_failures_are_not_kept_and_do_not_tell_the_key(monkeypatch, tmp_path):

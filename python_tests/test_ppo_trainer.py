@@ -368,6 +368,9 @@ def test_a_failing_tool_ends_its_episode_and_most_of_them_the_run(tmp_path):
     world = replace(make_world(config), make=Broken)
     run = train(replace(config, save_transcripts=True), world=world, progress=False)
     assert run.history[0]["failed"] == 2
+    learner = Learner(config, Accelerator(), attend)
+    (row,) = evaluate(config, learner.engine, world=world, sizes=(2,))
+    assert row["failed"] == config.eval_episodes // 4
     left = read_transcripts(str(tmp_path / "run" / "transcripts" / "000000.jsonl"))
     assert len(left) == 6
     grouped = replace(config, group_size=4)
@@ -375,8 +378,39 @@ def test_a_failing_tool_ends_its_episode_and_most_of_them_the_run(tmp_path):
     with pytest.raises(RuntimeError, match="step 0: a tool failed in every group"):
         train(grouped, world=world, progress=False)
     Broken.every = 1
+    with pytest.raises(RuntimeError, match="16 of 16 episodes failed"):
+        evaluate(replace(config, eval_episodes=16), learner.engine, world=world, sizes=(2,))
     with pytest.raises(RuntimeError, match="8 of 8 episodes failed"):
         train(config, world=world, progress=False)
+
+
+def test_a_score_may_not_be_named_like_a_column(tmp_path):
+    class Named(TableEnvironment):
+        def step(self, turn) -> Step:
+            return Step([], 1.0, True, {"reward": 99.0})
+
+    config = small(tmp_path, steps=1, sft_steps=0)
+    with pytest.raises(ValueError, match=re.escape("names of their own, got ['reward']")):
+        train(config, world=replace(make_world(config), make=Named), progress=False)
+
+
+def test_dropout_is_off_and_other_accumulation_is_refused(tmp_path, monkeypatch):
+    from mem1_kernels.ppo import trainer
+
+    def with_dropout(config):
+        policy = make_policy(config)
+        policy.model.layers[0].mlp.add_module("dropout", torch.nn.Dropout(0.5))
+        return policy
+
+    make_policy = trainer.make_policy
+    monkeypatch.setattr(trainer, "make_policy", with_dropout)
+    learner = Learner(small(tmp_path), Accelerator(), attend)
+    rates = [m.p for m in learner.module.modules() if isinstance(m, torch.nn.Dropout)]
+    assert rates == [0.0]
+    with pytest.raises(ValueError, match="gradient_accumulation_steps: expected 1, .*, got 4"):
+        Learner(small(tmp_path), Accelerator(gradient_accumulation_steps=4), attend)
+    with pytest.warns(UserWarning, match="dtype: weights in bfloat16 lose updates"):
+        Learner(small(tmp_path, dtype="bfloat16"), Accelerator(), attend)
 
 
 def test_scores_of_several_objectives():
@@ -518,7 +552,10 @@ def test_checkpoints_are_not_overwritten_by_accident(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [1]
     with pytest.raises(ValueError, match="out: .* holds checkpoints; set resume"):
         train(config, progress=False)
-    run = train(replace(config, resume=True), progress=False)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
+        log.write('{"step": 0, "rew')  # killed in the middle of a line
+    with pytest.warns(UserWarning, match="resume: gamma, seed differ from what the run began with"):
+        run = train(replace(config, resume=True, seed=5, gamma=0.9), progress=False)
     assert len(run.history) == 1
 
 
@@ -714,6 +751,7 @@ ERRORS = {
         "group_size": 2,
         "kl_in": "reward",
     },
+    "kl_kind: expected 'k2' or 'k3' in the loss": {"kl_kind": "k1"},
     "sft_jump: expected 0 for compact (re-prefilled) positions, got 1": {
         "positions": "reprefill",
         "sft_jump": 1,

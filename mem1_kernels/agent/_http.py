@@ -60,6 +60,8 @@ class HTTP:
                 problem = f"no answer in time ({type(error).__name__})"
             except httpx.TransportError as error:
                 problem = f"no connection ({type(error).__name__}: {error})"
+            except httpx.RequestError as error:  # a loop of redirects, a body that does not unpack
+                raise ToolError(f"{self.service}: {type(error).__name__}: {error}") from None
             else:
                 if response.is_success:
                     return response

@@ -188,7 +188,7 @@ class MemoryEfficientAgent:
         max_new_tokens: tokens after which a turn is cut.
         max_info_tokens: the most tokens of an observation, its tags and hint included.
         temperature: of sampling; 0 is greedy.
-        seed: of sampling.
+        seed: of sampling, the same for every call; None: torch's default generator.
         workers: how many environments may act at once, for tools that wait for a network.
         progress: show a progress bar, on stderr, a step a turn.
         on_text: called with (task number, piece of text) while a turn is written, where the
@@ -398,7 +398,10 @@ class _Codec:
     tokenizer: Any
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """The text without BOS, EOS and padding; other special tokens may be the tags."""
+        own = self.tokenizer
+        silent = {own.bos_token_id, own.eos_token_id, own.pad_token_id}
+        return own.decode([i for i in ids if i not in silent], skip_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text in which no special token is read."""
@@ -412,7 +415,8 @@ class _Codec:
         if not isinstance(prompt, str):
             return prompt
         if self.tokenizer.chat_template is None:
-            return self.encode(prompt)
+            begin = self.tokenizer.encode("")[:1]  # a BOS token, where the tokenizer puts one
+            return [*(i for i in begin if i == self.tokenizer.bos_token_id), *self.encode(prompt)]
         if not any(token in prompt for token in self.tokenizer.get_added_vocab()):
             return self._as_message(prompt)
         mark = "prompt"

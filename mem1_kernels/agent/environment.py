@@ -210,9 +210,16 @@ def _checked(answer: Step | tuple, tags: Tags) -> Step:
         raise TypeError(f"done: expected True or False, got {done!r}")
     if not isinstance(scores, Mapping):
         raise TypeError(f"scores: expected a mapping, got {type(scores).__name__}")
+    numbers = {}
+    for name, score in scores.items():
+        parts = list(score) if isinstance(score, list | tuple) else [score]
+        if not all(isinstance(part, Real) and math.isfinite(part) for part in parts):
+            raise ValueError(f"scores: expected finite numbers as {name!r}, got {score!r}")
+        parts = [float(part) for part in parts]
+        numbers[name] = parts if isinstance(score, list | tuple) else parts[0]
     if not isinstance(reward, Real) or not math.isfinite(reward):
         raise ValueError(f"reward: expected a finite number, got {reward!r}")
-    return Step(observation, float(reward), bool(done), scores)
+    return Step(observation, float(reward), bool(done), numbers)
 
 
 def observation_ids(

@@ -182,12 +182,15 @@ def evaluate(
         agent.run(tasks[objectives[0]][:1], max_turns=1)  # what is done once is not timed
         for count in objectives:
             results: list[Result] = []
+            seed = agent.seed
             started = time.perf_counter()
             for at in range(0, len(tasks[count]), batch):
+                agent.seed = None if seed is None else seed + at  # no two batches draw alike
                 results += agent.run(
                     tasks[count][at : at + batch], max_turns=max(max_turns, count + 1)
                 )
             seconds = (time.perf_counter() - started) / len(results)
+            agent.seed = seed
             line = measure(results, mode=mode, objectives=count, seconds=seconds, released=released)
             lines.append(line)
             report(line)

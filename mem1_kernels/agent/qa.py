@@ -99,7 +99,12 @@ def load_questions(path: str | Path) -> list[Question]:
 
 def _read_question(record: Mapping[str, Any]) -> Question:
     golden = record["golden_answers"] if "golden_answers" in record else record["answer"]
-    answers = [golden] if isinstance(golden, str) else list(golden)
+    answers = [golden] if isinstance(golden, str) else golden
+    if not isinstance(answers, list | tuple):
+        raise TypeError(f"golden_answers: a string or a list of them, got {golden!r}")
+    for answer in answers:
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise TypeError(f"golden_answers: strings or numbers, got {answer!r} among them")
     return Question(str(record["question"]), tuple(str(answer) for answer in answers))
 
 

@@ -109,7 +109,10 @@ class WebSearch:
         file = self.cache / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
         if file.exists():
             try:
-                return [Passage(**passage) for passage in json.loads(file.read_text("utf-8"))]
+                found = json.loads(file.read_text("utf-8"))
+                if not isinstance(found, list):
+                    raise TypeError("no list of passages")
+                return [Passage(**passage) for passage in found]
             except (ValueError, TypeError) as error:
                 raise ToolError(f"{self.name}: damaged cache file {file}, delete it") from error
         passages = self._ask(query, topk)

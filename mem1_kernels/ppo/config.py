@@ -37,7 +37,9 @@ class Config:
     """
 
     # run
-    out: str = _option("out/ppo", "folder for metrics.jsonl, curve.png, checkpoints, the policy")
+    out: str = _option(
+        "out/ppo", "folder for config.json, metrics.jsonl, curve.png, checkpoints, the policy"
+    )
     seed: int = _option(0, "of everything: weights, tasks, sampling, order")
     steps: int = _option(10, "PPO steps; each plays `episodes` episodes")
     save_every: int = _option(0, "steps between checkpoints, one after the warm start; 0: none")
@@ -154,6 +156,11 @@ class Config:
             raise ValueError(
                 f"kl_in: expected 'loss' for {self.algorithm}, which scores whole episodes, "
                 "got 'reward'"
+            )
+        if self.kl_in == "loss" and self.kl_kind == "k1" and self.kl_coef:
+            raise ValueError(
+                "kl_kind: expected 'k2' or 'k3' in the loss, where the gradient of k1 is 0 in the "
+                "mean, got 'k1'"
             )
         if self.sft_jump and self.positions == "reprefill":
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from mem1_kernels.ppo.config import Config
+
+# Options that may change from a run to its continuation without a word.
+FREE = {"out", "resume", "steps", "save_every", "keep_checkpoints", "trackers", "save_transcripts"}
 
 
 def plot(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -25,8 +29,11 @@ def plot(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes = figure.subplots(2 if evaluated else 1, 2, squeeze=False)
     trained = [record for record in history if "reward" in record]
     steps = [record["step"] for record in trained]
-    axes[0, 0].plot(steps, [record["reward"] for record in trained], "o-", color="#2a9d8f")
-    axes[0, 0].set(xlabel="step", ylabel="mean reward", ylim=(0, None))
+    rewards = [record["reward"] for record in trained]
+    axes[0, 0].plot(steps, rewards, "o-", color="#2a9d8f")
+    axes[0, 0].set(xlabel="step", ylabel="mean reward")
+    if min(rewards, default=0) >= 0:
+        axes[0, 0].set(ylim=(0, None))
     for name, label, colour in (
         ("total_tokens", "whole trajectory", "#c0c4cc"),
         ("peak_context", "peak context", "#3f72af"),
@@ -64,10 +71,23 @@ class Log:
         self.history: list[dict[str, Any]] = []
         path = self.out / "metrics.jsonl"
         if first_step and path.exists():
-            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            self.history = [record for record in lines if record["step"] < first_step]
+            lines = path.read_text("utf-8").splitlines(keepends=True)
+            # A run that was killed may have written half a line.
+            whole = [json.loads(line) for line in lines if line.endswith("\n")]
+            self.history = [record for record in whole if record["step"] < first_step]
+        options_now = json.loads(json.dumps(asdict(config)))
+        began = self.out / "config.json"
+        if config.resume and began.exists():
+            before = json.loads(began.read_text("utf-8"))
+            changed = {n for n, v in options_now.items() if before.get(n) != v} - FREE
+            if changed and accelerator.is_main_process:
+                warnings.warn(
+                    f"resume: {', '.join(sorted(changed))} differ from what the run began with",
+                    stacklevel=3,
+                )
         accelerator.wait_for_everyone()  # all have read before one writes
         if accelerator.is_main_process:
+            began.write_text(json.dumps(options_now, indent=1) + "\n", "utf-8")
             self.file = open(path, "w", encoding="utf-8")
             self.file.writelines(json.dumps(record) + "\n" for record in self.history)
         options = asdict(config).items()

@@ -22,6 +22,7 @@ import logging
 import math
 import random
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -322,8 +323,22 @@ class Learner:
             raise ValueError(
                 f"mixed_precision: expected 'no' or 'bf16', got {accelerator.mixed_precision!r}"
             )
+        if accelerator.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "gradient_accumulation_steps: expected 1, since `minibatch` and `token_budget` say "
+                f"what is accumulated, got {accelerator.gradient_accumulation_steps}"
+            )
+        if config.dtype == "bfloat16" and not config.lora_rank:
+            warnings.warn(
+                "dtype: weights in bfloat16 lose updates below 1/256 of them; bf16=true computes "
+                "in bfloat16 and keeps the weights in float32",
+                stacklevel=2,
+            )
         critic = config.critic if config.algorithm == "ppo" else "none"
         module = ActorCritic(make_policy(config), critic, config.temperature, attend)
+        for part in module.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0  # the rollout has none, and its log-probs are those of the update
         policy = [p for p in module.policy.parameters() if p.requires_grad]
         inside = {id(p) for p in policy}
         rest = [p for p in module.parameters() if p.requires_grad and id(p) not in inside]
@@ -938,6 +953,14 @@ def mean_scores(episodes: Sequence[Episode]) -> dict[str, float]:
     return means | {name: sum(ones) / len(ones) for name, ones in single.items()}
 
 
+def _beside(record: dict[str, Any], scores: Mapping[str, float]) -> dict[str, Any]:
+    """The record with an environment's scores in it, whose names must be others."""
+    taken = sorted(record.keys() & scores.keys())
+    if taken:
+        raise ValueError(f"scores: expected names of their own, got {taken}")
+    return record | dict(scores)
+
+
 def evaluate(
     config: Config,
     engine: Any,
@@ -955,11 +978,16 @@ def evaluate(
         retention: the config's unless told; `keep_all` shows the agent under full context.
 
     Returns:
-        For each size: size, reward, peak_context (the most tokens any cache row held), total_tokens
-        and turns (means an episode), seconds, and the mean scores.
+        For each size: size, failed (episodes that a broken tool ended; nothing else counts them),
+        reward, peak_context (the most tokens any cache row held), total_tokens and turns (means an
+        episode), seconds, and the mean scores.
+
+    Raises:
+        RuntimeError: a tool failed in every episode of a size.
+        ValueError: a score whose name the table has already.
     """
     world = world or make_world(config)
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or Accelerator(mixed_precision="bf16" if config.bf16 else None)
     table = []
     for size in sizes or config.eval_sizes:
         rng = random.Random(f"{config.seed}/eval/{size}")
@@ -976,17 +1004,22 @@ def evaluate(
             temperature=config.eval_temperature,
             max_turns=max(config.max_turns, size + 1),
         )
+        failed = sum(episode.failed for episode in episodes)
+        episodes = [episode for episode in episodes if not episode.failed]
+        if not episodes:
+            raise RuntimeError(f"evaluation, size {size}: a tool failed in every episode")
         rollouts = [episode.rollout for episode in episodes]
         count = len(episodes)
         row = {
             "size": size,
+            "failed": failed,
             "reward": sum(episode.reward for episode in episodes) / count,
             "peak_context": max(rollout.peak_tokens for rollout in rollouts),
             "total_tokens": sum(r.trajectory.num_tokens for r in rollouts) / count,
             "turns": sum(len(rollout.turns) for rollout in rollouts) / count,
             "seconds": time.perf_counter() - started,
         }
-        table.append(row | mean_scores(episodes))
+        table.append(_beside(row, mean_scores(episodes)))
     return table
 
 
@@ -1171,7 +1204,6 @@ def train(
             "step": step,
             "reward": float(batch.rewards.mean()),
             "reward_std": float(batch.rewards.std(correction=0)),
-            **mean_scores(episodes),
             **figures,
             "log_prob_gap": largest,
             "log_prob_gap_mean": mean,
@@ -1191,6 +1223,7 @@ def train(
             record["kl"] = float(kl.mean())
         if device.type == "cuda":
             record["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        record = _beside(record, mean_scores(episodes))
         log(record)
         bar.set_postfix(
             reward=f"{record['reward']:.3f}",
