@@ -38,7 +38,7 @@ class Config:
 
     # run
     out: str = _option(
-        "out/ppo", "folder for config.json, metrics.jsonl, curve.png, checkpoints, the policy"
+        "out/ppo", "folder for the config, metrics.jsonl, curve.png, checkpoints, policy"
     )
     seed: int = _option(0, "of everything: weights, tasks, sampling, order")
     steps: int = _option(10, "PPO steps; each plays `episodes` episodes")
