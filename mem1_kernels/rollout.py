@@ -7,6 +7,7 @@ trainer will see: equal to those that were sampled from, up to rounding.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mem1_kernels.block_plan import BlockPlan
-from mem1_kernels.hf import TrajectoryCache, patched
+from mem1_kernels.hf import TrajectoryCache, is_patched, patched
+from mem1_kernels.hf.cache import rope_limit
 from mem1_kernels.trajectory import (
     Layout,
     Retention,
@@ -185,6 +187,7 @@ class TrajectoryRollout:
             ValueError: no prompts or an empty one, ids outside the vocabulary, replies for another
                 number of rows, or a policy that drops inside a turn, takes back a drop, or hides
                 with a floor what the cache still holds.
+            FloatingPointError: logits that are not numbers.
         """
         rows = [_CachedRow(self, index, ids) for index, ids in enumerate(read_prompts(prompts))]
         was_training = self.model.training
@@ -238,6 +241,8 @@ class TrajectoryRollout:
             for row, token, log_prob in zip(
                 writing, tokens.tolist(), log_probs.tolist(), strict=True
             ):
+                if math.isnan(log_prob):
+                    raise FloatingPointError(f"model: logits of row {row.index} are not numbers")
                 row.writing.append(token)
                 row.log_probs.append(log_prob)
                 row.pending.append(token)
@@ -615,7 +620,8 @@ def score(model: Any, layout: Layout, *, temperature: float = 1.0) -> Tensor:
 
     Raises:
         ValueError: the layout has no token ids, or a generated token that nothing predicts; a
-            temperature < 0.
+            temperature < 0; positions past those where a "dynamic" or "longrope" RoPE changes; a
+            model under gradient checkpointing that is not patched.
     """
     check_temperature(temperature)
     if layout.token_ids is None:
@@ -624,6 +630,18 @@ def score(model: Any, layout: Layout, *, temperature: float = 1.0) -> Tensor:
     before = layout.predecessor[generated]
     if bool((before < 0).any()):
         raise ValueError("layout: its first token is generated, but nothing predicts it")
+    again = model.training and getattr(model, "is_gradient_checkpointing", False)
+    if again and torch.is_grad_enabled() and not is_patched(model):
+        raise ValueError(
+            "model: with gradient checkpointing the backward pass runs its layers again; patch() "
+            "it for both"
+        )
+    limit, last = rope_limit(model), int(layout.position_ids.max())
+    if limit is not None and last >= limit:
+        raise ValueError(
+            f"layout: expected positions less than {limit}, from where this model's RoPE (dynamic "
+            f"or longrope) turns keys otherwise than the rollout's, got {last}"
+        )
     device = next(model.parameters()).device
     plan = BlockPlan.from_expiry(layout.expiry, layout.floor).to(device)
     with patched(model):

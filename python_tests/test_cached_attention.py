@@ -108,6 +108,10 @@ def test_rows_without_tokens_give_zero_whatever_they_hold():
 
 def test_no_capacity_at_all():
     empty = torch.empty(2, 1, 0, 16)
+    strided = torch.empty(2, 1, 0, 32)[..., ::2]  # no new tokens, of any strides
+    held = torch.ones(2, 1, 4, 16)
+    append_kv_(strided, strided, held, held.clone(), int32(1, 2))
+    assert torch.equal(held, torch.ones_like(held))
     out, lse = cached_attention(
         torch.full((2, 1, 1, 16), torch.nan), empty, empty, int32(0, 0), return_lse=True
     )

@@ -10,7 +10,17 @@ import pytest
 import torch
 import transformers
 
-from mem1_kernels import fold, keep_all, keep_last, mem1, mem1_release, pack, unroll
+from mem1_kernels import (
+    Segment,
+    Trajectory,
+    fold,
+    keep_all,
+    keep_last,
+    mem1,
+    mem1_release,
+    pack,
+    unroll,
+)
 from mem1_kernels.hf import patched
 from mem1_kernels.rollout import Rollout, TrajectoryRollout, collate, score
 
@@ -322,6 +332,69 @@ WRONG_TYPES = {
 def test_stops_of_another_type(message):
     with pytest.raises(TypeError, match=message):
         TrajectoryRollout(make_model("qwen2"), tokenizer=Letters(), **WRONG_TYPES[message])
+
+
+ROPES = {
+    "longrope": (
+        "Phi3",
+        {"original_max_position_embeddings": 32, "max_position_embeddings": 128},
+        {
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "dynamic": ("Qwen2", {"max_position_embeddings": 32}, {"factor": 4.0}),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_rope_that_changes_on_the_way_is_refused_from_there(kind):
+    family, own, rope = ROPES[kind]
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        rope_parameters={"rope_type": kind, "rope_theta": 1e4, **rope},
+        **own,
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    driver = TrajectoryRollout(model, max_turns=3, max_new_tokens=4)
+    layout, sampled = collate(driver.run([[5, 9]], World([2])))
+    assert 8 < layout.num_tokens <= 32
+    with torch.no_grad():
+        assert (score(model, layout) - sampled).abs().max() <= 2e-5
+    with pytest.raises(ValueError, match="position_ids: expected less than 32, from where"):
+        TrajectoryRollout(model, max_turns=9, max_new_tokens=9).run([[5, 9]], World([9]))
+    longer = Trajectory([Segment("prompt", [5] * 30), Segment("action", [7] * 3, 1)])
+    with pytest.raises(ValueError, match="layout: expected positions less than 32, .*, got 32"):
+        score(model, longer)
+
+
+def test_logits_that_are_no_numbers():
+    model = make_model("qwen2")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    for temperature in (0.0, 1.0):
+        driver = TrajectoryRollout(model, max_new_tokens=2, temperature=temperature)
+        with pytest.raises((FloatingPointError, RuntimeError), match="row 0|probability tensor"):
+            driver.run([[1]], World([1]))
+
+
+def test_score_refuses_checkpointing_around_its_own_patch():
+    model = make_model("qwen2")
+    layout, _ = collate(run(model)[:1])
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="model: with gradient checkpointing the backward pass"):
+        score(model, layout)
+    with patched(model):
+        score(model, layout).sum().backward()
+    assert model.lm_head.weight.grad is not None
 
 
 def test_collate_takes_rollouts_only():

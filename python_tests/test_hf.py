@@ -625,6 +625,27 @@ def test_a_pickled_model_runs_where_nobody_patches(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", check, *paths], check=True)
 
 
+UNREACHED = {
+    "Nemotron": ({}, "plan: NemotronModel does not hand it to its attention"),
+    "Lfm2": (
+        {"layer_types": ["conv", "full_attention"]},
+        r"plan: this model's layers \['conv'\] carry text past any mask",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREACHED)
+def test_a_plan_that_does_not_reach_every_layer_is_refused(name: str) -> None:
+    own, message = UNREACHED[name]
+    config = getattr(transformers, f"{name}Config")(**{**TINY, "num_hidden_layers": 2, **own})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    before = model(ids_for(12)).logits
+    with hf.patched(model):
+        assert_close(model(ids_for(12)).logits, before)
+        with pytest.raises(ValueError, match=message):
+            model(ids_for(12), plan=BlockPlan.from_expiry(torch.tensor([6] * 6 + [12] * 6)))
+
+
 @pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
 def test_a_window_that_is_wider_than_int32(window: int) -> None:
     model = build("mistral", sliding_window=window).eval()

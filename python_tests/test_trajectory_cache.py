@@ -576,6 +576,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"now: expected \[2\], got \[3\]"):
             past.prune_([1, 2, 3])
 
+    def test_two_attentions_a_layer(self) -> None:
+        config = transformers.DiffLlamaConfig(
+            vocab_size=60,
+            hidden_size=64,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        twice = patch(transformers.DiffLlamaForCausalLM(config).eval())
+        with torch.no_grad(), pytest.raises(ValueError, match="layer 0 calls its attention twice"):
+            cache = TrajectoryCache(twice, batch_size=1)
+            twice(torch.ones(1, 3, dtype=torch.int64), past_key_values=cache)
+
     def test_another_model(self, model: Any, past: TrajectoryCache) -> None:
         deeper, shallower = (patch(build(num_hidden_layers=n)) for n in (3, 1))
         self.refuse(deeper, past, r"holds tokens of layers \[0, 1\], and layer 2 has none there")

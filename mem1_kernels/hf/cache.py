@@ -42,6 +42,31 @@ class _Step:
     attended: set[int] = field(default_factory=set)
 
 
+def other_layers(config: Any) -> list[str]:
+    """The model's kinds of layers that carry text on past a mask, by other ways than attention."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return sorted(kinds - {"full_attention", "sliding_attention"})
+
+
+def rope_limit(model: nn.Module) -> int | None:
+    """The position from which the model's RoPE turns all keys otherwise than before; None: none.
+
+    "dynamic" and "longrope" frequencies change once a sequence is longer than that.
+    """
+    limits = []
+    for module in model.modules():
+        types: Any = getattr(module, "rope_type", None)
+        for layer, kind in types.items() if isinstance(types, dict) else [(None, types)]:
+            own: Any = getattr(module, "config", None)
+            if kind == "longrope":
+                parameters = own.rope_parameters if layer is None else own.rope_parameters[layer]
+                named = "original_max_position_embeddings"
+                limits.append(int(parameters.get(named) or getattr(own, named)))
+            elif isinstance(kind, str) and "dynamic" in kind:
+                limits.append(int(own.max_position_embeddings))
+    return min(limits, default=None)
+
+
 class TrajectoryCache(Cache):
     """The past_key_values of a patched model whose rows forget.
 
@@ -103,9 +128,9 @@ class TrajectoryCache(Cache):
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         config: Any = model.config
         config = config.get_text_config(decoder=True)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+        if other := other_layers(config):
             raise ValueError(f"model: has layers that a KV cache alone cannot serve: {other}")
+        self._rope_limit = rope_limit(model)
         super().__init__(layers=[])
         self.ordered = ordered
         self.fixed_capacity = capacity is not None
@@ -313,6 +338,12 @@ class TrajectoryCache(Cache):
             positions = position_ids.to(self.device).expand(batch, tokens)
             positions = positions if order is None else positions.gather(1, order)
             self._check_positions(positions, taken)
+        if self._rope_limit is not None and int(position_ids.max()) >= self._rope_limit:
+            raise ValueError(
+                f"position_ids: expected less than {self._rope_limit}, from where this model's "
+                "RoPE (dynamic or longrope) turns keys otherwise than the cached ones, got "
+                f"{int(position_ids.max())}"
+            )
         lengths = self.lengths + taken
         self._make_room(tokens, lengths)
 
@@ -345,6 +376,8 @@ class TrajectoryCache(Cache):
         heads, head_dim]`, 0 for padding.
         """
         step = cast(_Step, self._step)
+        if layer in step.attended:
+            raise ValueError(f"model: layer {layer} calls its attention twice; the cache has one")
         if torch.is_autocast_enabled(query.device.type):
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

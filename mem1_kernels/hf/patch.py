@@ -19,7 +19,7 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from mem1_kernels.block_plan import BlockPlan
-from mem1_kernels.hf.cache import TrajectoryCache
+from mem1_kernels.hf.cache import TrajectoryCache, other_layers
 from mem1_kernels.mask import windowed
 from mem1_kernels.ops.attention import trajectory_attention
 
@@ -69,8 +69,9 @@ def patch(model: Model) -> Model:
             whose attention cannot be replaced.
 
     A forward pass of a patched model raises on what it cannot honour: 4D masks, dropout, attention
-    sinks, bidirectional attention, a plan beside cached tokens, attention weights as output, and
-    any keyword that no part of the model knows. An unpatched model swallows a plan without a word:
+    sinks, bidirectional attention, a plan beside cached tokens, under a plan layers of another kind
+    than attention or a model that keeps it from them, attention weights as output, and any keyword
+    that no part of the model knows. An unpatched model swallows a plan without a word:
     transformers offers no place to notice it.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -234,7 +235,9 @@ def _open_cache(
     if planned and cache is None:
         if kwargs.get("use_cache"):
             raise ValueError("use_cache: expected False or None, as a pass under a plan fills none")
-        return args, {**kwargs, "use_cache": False}
+        if other := other_layers(module.config):
+            raise ValueError(f"plan: this model's layers {other} carry text past any mask")
+        return args, {**kwargs, "use_cache": False, "arrival": _Arrival()}
     if not isinstance(cache, TrajectoryCache):
         return None
     if planned:
@@ -253,6 +256,15 @@ def _close_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any], output:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, TrajectoryCache):
         cache.commit()
+    arrival = kwargs.get("arrival")
+    if arrival is not None and not arrival.seen:
+        raise ValueError(f"plan: {type(module).__name__} does not hand it to its attention")
+
+
+class _Arrival:
+    """Travels with the plan of a forward pass, for the attention to say that it has come."""
+
+    seen = False
 
 
 class _Mask:
@@ -380,6 +392,7 @@ def _attention(
     softcap: float | None = None,
     position_ids: Tensor | None = None,
     plan: BlockPlan | None = None,
+    arrival: _Arrival | None = None,
     trajectory_cache: TrajectoryCache | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -407,6 +420,8 @@ def _attention(
         return out, None
     tokens, keys = query.shape[2], key.shape[2]
     if plan is not None:
+        if arrival is not None:
+            arrival.seen = True
         if not isinstance(plan, BlockPlan):
             raise TypeError(f"plan: expected a BlockPlan, got {type(plan).__name__}")
         if keys != tokens:

@@ -204,7 +204,8 @@ def cached_attention(
 
 
 def _dense_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    # Not contiguous(), which leaves an empty tensor's strides as they are.
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _check_tensor(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
