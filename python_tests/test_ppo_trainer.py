@@ -479,6 +479,22 @@ def test_text_is_written_and_read_by_a_tokenizer(tmp_path, chat):
     assert tokenizer.decode(prompt.ids).endswith("]>") == chat
 
 
+def test_questions_need_to_be_enough_for_the_sizes_that_are_drawn(tmp_path):
+    text_tokenizer().save_pretrained(tmp_path / "model")
+    records = [{"question": f"Where is {n}?", "golden_answers": [str(n)]} for n in range(5)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "1", "contents": "a\nb"}))
+    files = {"data": str(tmp_path / "qa.jsonl"), "corpus": str(tmp_path / "corpus.jsonl")}
+    options = {"task": "qa", "model": str(tmp_path / "model"), "sizes": (2,), **files}
+    world = make_world(small(tmp_path, eval_every=0, eval_sizes=(2, 32), **options))
+    assert len(world.draw(2, random.Random(0)).questions) == 2
+    assert len(world.draw_eval(2, random.Random(0)).questions) == 2
+    with pytest.raises(ValueError, match="expected at least 32 questions, got 5"):
+        make_world(small(tmp_path, eval_every=1, eval_sizes=(2, 32), **options))
+    with pytest.raises(ValueError, match="expected at least 9 questions, got 5"):
+        make_world(small(tmp_path, eval_every=0, **options | {"sizes": (9,)}))
+
+
 # evaluation
 
 

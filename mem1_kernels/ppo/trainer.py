@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -143,13 +144,15 @@ def make_world(config: Config) -> World:
         retriever = RetrievalServer(config.corpus) if remote else BM25.from_jsonl(config.corpus)
 
     def drawer(questions: list, sizes: Sequence[int]) -> Callable[[int, random.Random], QATask]:
-        pools = {size: compose(questions, size, seed=config.seed) for size in set(sizes)}
-        return lambda size, rng: rng.choice(pools[size])
+        pool = cache(lambda size: compose(questions, size, seed=config.seed))
+        for size in sizes:
+            pool(size)  # too few questions for one raise now
+        return lambda size, rng: rng.choice(pool(size))
 
     return World(
         drawer(questions, config.sizes),
         lambda: RetrievalQA(retriever, topk=config.topk),
-        draw_eval=drawer(held_out, config.eval_sizes),
+        draw_eval=drawer(held_out, config.eval_sizes if config.eval_every else ()),
         tokenizer=AutoTokenizer.from_pretrained(config.model),
     )
 
