@@ -636,8 +636,8 @@ def score(model: Any, layout: Layout, *, temperature: float = 1.0) -> Tensor:
             "model: with gradient checkpointing the backward pass runs its layers again; patch() "
             "it for both"
         )
-    limit, last = rope_limit(model), int(layout.position_ids.max())
-    if limit is not None and last >= limit:
+    limit = rope_limit(model)
+    if limit is not None and (last := int(layout.position_ids.max())) >= limit:
         raise ValueError(
             f"layout: expected positions less than {limit}, from where this model's RoPE (dynamic "
             f"or longrope) turns keys otherwise than the rollout's, got {last}"

@@ -5,20 +5,19 @@ FSDP2, each time stopped after two steps and resumed.
 
 from __future__ import annotations
 
-import gc
 import random
 import zlib
 from dataclasses import replace
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mem1_kernels.agent.environment import Step
 from mem1_kernels.agent.tasks import TableEnvironment
 from mem1_kernels.ppo.config import Config, parse_arguments
-from mem1_kernels.ppo.trainer import ActorCritic, World, make_world, train
+from mem1_kernels.ppo.trainer import ActorCritic, World, end_processes, make_world, train
 
 
 class Talk(TableEnvironment):
@@ -64,5 +63,4 @@ if __name__ == "__main__":
         config = replace(whole, out=f"{whole.out}/{kind.__name__}")
         for part in (replace(config, steps=2), replace(config, resume=True)):
             train(part, world=talk(part), accelerator=kind(), progress=False)
-    gc.collect()  # as mem1_kernels.ppo does
-    PartialState().destroy_process_group()
+    end_processes()

@@ -338,11 +338,11 @@ class TrajectoryCache(Cache):
             positions = position_ids.to(self.device).expand(batch, tokens)
             positions = positions if order is None else positions.gather(1, order)
             self._check_positions(positions, taken)
-        if self._rope_limit is not None and int(position_ids.max()) >= self._rope_limit:
+        limit = self._rope_limit
+        if limit is not None and (highest := int(position_ids.max())) >= limit:
             raise ValueError(
-                f"position_ids: expected less than {self._rope_limit}, from where this model's "
-                "RoPE (dynamic or longrope) turns keys otherwise than the cached ones, got "
-                f"{int(position_ids.max())}"
+                f"position_ids: expected less than {limit}, from where this model's RoPE (dynamic "
+                f"or longrope) turns keys otherwise than the cached ones, got {highest}"
             )
         lengths = self.lengths + taken
         self._make_room(tokens, lengths)

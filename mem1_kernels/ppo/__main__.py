@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 from mem1_kernels.ppo.config import parse_arguments
 
 
@@ -13,13 +11,11 @@ def main() -> None:
     # Not before --help and wrong options have been answered: this imports transformers.
     from accelerate import PartialState
 
-    from mem1_kernels.ppo.trainer import train
+    from mem1_kernels.ppo.trainer import end_processes, train
 
     run = train(config)
-    gc.collect()  # a DDP wrapper that outlives its process group can hang in gloo
-    state = PartialState()
-    state.destroy_process_group()
-    if not state.is_main_process:
+    end_processes()
+    if not PartialState().is_main_process:
         return
     if run.rewards:
         print(f"reward {run.rewards[0]:.3f} -> {run.rewards[-1]:.3f} over {len(run.rewards)} steps")

@@ -75,11 +75,12 @@ class Log:
             # A run that was killed may have written half a line.
             whole = [json.loads(line) for line in lines if line.endswith("\n")]
             self.history = [record for record in whole if record["step"] < first_step]
-        options_now = json.loads(json.dumps(asdict(config)))
+        options = asdict(config)
         began = self.out / "config.json"
         if config.resume and began.exists():
             before = json.loads(began.read_text("utf-8"))
-            changed = {n for n, v in options_now.items() if before.get(n) != v} - FREE
+            now = json.loads(json.dumps(options))  # tuples as the lists that were read
+            changed = {name for name in now if before.get(name) != now[name]} - FREE
             if changed and accelerator.is_main_process:
                 warnings.warn(
                     f"resume: {', '.join(sorted(changed))} differ from what the run began with",
@@ -87,11 +88,10 @@ class Log:
                 )
         accelerator.wait_for_everyone()  # all have read before one writes
         if accelerator.is_main_process:
-            began.write_text(json.dumps(options_now, indent=1) + "\n", "utf-8")
+            began.write_text(json.dumps(options, indent=1) + "\n", "utf-8")
             self.file = open(path, "w", encoding="utf-8")
             self.file.writelines(json.dumps(record) + "\n" for record in self.history)
-        options = asdict(config).items()
-        shown = {name: str(v) if isinstance(v, tuple) else v for name, v in options}
+        shown = {name: str(v) if isinstance(v, tuple) else v for name, v in options.items()}
         if config.trackers:
             accelerator.init_trackers("ppo", config=shown)
 

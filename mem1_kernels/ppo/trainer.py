@@ -17,6 +17,7 @@ parallelism, FSDP1 and DeepSpeed.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -155,6 +156,12 @@ def make_world(config: Config) -> World:
         draw_eval=drawer(held_out, config.eval_sizes if config.eval_every else ()),
         tokenizer=AutoTokenizer.from_pretrained(config.model),
     )
+
+
+def end_processes() -> None:
+    """Ends the process group of a launch, if there is one, once `train` has returned."""
+    gc.collect()  # a DDP wrapper that outlives its process group can hang in gloo
+    PartialState().destroy_process_group()
 
 
 def seed_of(config: Config, label: str, number: int) -> int:
