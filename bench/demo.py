@@ -174,7 +174,7 @@ def show_rollout() -> None:
     for rollout in rollouts:
         print(
             f"\nRollout of {len(rollout.turns)} turns, {rollout.trajectory.num_tokens} tokens: at "
-            f"most {rollout.peak_tokens} in the cache",
+            f"most {rollout.peak_context} in the cache",
             end="",
         )
     print(

@@ -133,7 +133,7 @@ def main() -> None:
     prompt = layout.spans[0].stop
     print(f"written   {written} tokens, {written / result.seconds:.1f} a second")
     print(
-        f"peak      {result.peak_tokens} of {result.total_tokens} tokens, {prompt} of them prompt"
+        f"peak      {result.peak_context} of {result.total_tokens} tokens, {prompt} of them prompt"
     )
     print(f"exact     max |rollout log-prob - score| = {difference:.1e} over {written} tokens")
 

@@ -81,8 +81,8 @@ def rollout() -> str:
                 [
                     f"{turns}",
                     f"{pruned['batch']} x {pruned['total']:,}",
-                    f"{pruned['peak_tokens']:,}",
-                    f"{full['peak_tokens']:,}",
+                    f"{pruned['peak_context']:,}",
+                    f"{full['peak_context']:,}",
                     f"{pruned['peak_mb']:.1f}",
                     f"{full['peak_mb']:.1f}",
                     f"{pruned['tokens_s']:.0f}",
@@ -164,7 +164,7 @@ def hops() -> str:
         row = [f"{count}"]
         for mode in ("pruned", "full", "reprefill"):
             line = found[mode, count]
-            row += [f"{line['em']:.2f}", f"{line['cache_tokens']:.0f}"]
+            row += [f"{line['em']:.2f}", f"{line['peak_context']:.0f}"]
         rows.append(row)
     header = ["hops", "right", "peak tokens"]
     header += ["full context: right", "peak tokens"]

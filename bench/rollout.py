@@ -31,7 +31,7 @@ from mem1_kernels.rollout import Rollout, TrajectoryRollout, Turn
 PROMPT, STATE, ACTION, INFO = 300, 40, 16, 500
 WRITTEN = STATE + ACTION
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-COLUMNS = ["turns", "way", "total", "peak_tokens", "peak_mb", "seconds", "tokens_s", "over_pruned"]
+COLUMNS = ["turns", "way", "total", "peak_context", "peak_mb", "seconds", "tokens_s", "over_pruned"]
 
 
 def make_model(args: argparse.Namespace) -> Qwen2ForCausalLM:
@@ -95,7 +95,7 @@ def rows_for(turns: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     def noting_peak(way: str, run: Callable[[], list[Rollout]]) -> Callable[[], None]:
         def timed() -> None:
-            peak[way] = max(rollout.peak_tokens for rollout in run())
+            peak[way] = max(rollout.peak_context for rollout in run())
 
         return timed
 
@@ -122,7 +122,7 @@ def rows_for(turns: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             "way": way,
             "batch": batch,
             "total": PROMPT + turns * WRITTEN + (turns - 1) * INFO,
-            "peak_tokens": peak[way],
+            "peak_context": peak[way],
             "peak_mb": batch * peak[way] * token_bytes / 1e6,
             "seconds": times[way].median,
             "tokens_s": batch * turns * WRITTEN / times[way].median,

@@ -55,20 +55,20 @@ class Rollout:
         log_probs: float32 `[tokens]`, of each generated token when it was sampled (at the rollout's
             temperature); 0 elsewhere.
         positions: "kept" or "reprefill", the form that the rollout computed.
-        peak_tokens: the most tokens its cache row held.
+        peak_context: the most tokens its cache row held.
         turns: what was generated, turn by turn.
     """
 
     trajectory: Trajectory
     log_probs: Tensor
     positions: Literal["kept", "reprefill"]
-    peak_tokens: int
+    peak_context: int
     turns: list[Turn]
 
     def __repr__(self) -> str:
         return (
             f"Rollout({len(self.turns)} turns, {self.trajectory.num_tokens} tokens, at most "
-            f"{self.peak_tokens} held, positions={self.positions!r})"
+            f"{self.peak_context} held, positions={self.positions!r})"
         )
 
     @property
@@ -117,7 +117,7 @@ class TrajectoryRollout:
     ...     num_attention_heads=2, num_key_value_heads=1))
     >>> rollouts = TrajectoryRollout(model, max_turns=6, max_new_tokens=4).run(
     ...     [[5, 9, 11], [7, 8]], lambda turns: [[20, 21, 22] for _ in turns])
-    >>> [(rollout.trajectory.num_tokens, rollout.peak_tokens) for rollout in rollouts]
+    >>> [(rollout.trajectory.num_tokens, rollout.peak_context) for rollout in rollouts]
     [(42, 14), (41, 13)]
     >>> layout, sampled = collate(rollouts)
     >>> bool(torch.allclose(score(model, layout), sampled, atol=1e-5))
@@ -280,7 +280,7 @@ class Row:
         dropped_at: for each segment, before which one it was dropped; 0: it is alive.
         turns: what was generated, turn by turn.
         depth: of what comes next.
-        peak_tokens: the most tokens that were live at once, as the engine says.
+        peak_context: the most tokens that were live at once, as the engine says.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ class Row:
         self.turns: list[Turn] = []
         self.log_probs: list[float] = []
         self.depth = 0
-        self.peak_tokens = 0
+        self.peak_context = 0
 
     def drop_before(self, upcoming: Segment) -> list[int]:
         """Marks what `upcoming` and all after it no longer see, and returns which segments that is.
@@ -382,7 +382,7 @@ class Row:
                 )
         log_probs = torch.zeros(trajectory.num_tokens)
         log_probs[trajectory.loss_mask] = torch.tensor(self.log_probs)
-        return Rollout(trajectory, log_probs, self.positions, self.peak_tokens, self.turns)
+        return Rollout(trajectory, log_probs, self.positions, self.peak_context, self.turns)
 
 
 def read_ids(name: str, values: Any) -> list[int]:
@@ -515,7 +515,7 @@ class _Driver:
                 row.logits = logits[row.index, where[row.index]]
                 row.next_position += len(row.pending)
                 row.pending = []
-                row.peak_tokens = max(row.peak_tokens, held[row.index])
+                row.peak_context = max(row.peak_context, held[row.index])
 
     def drop(self, row: _CachedRow, segments: Sequence[int]) -> None:
         """Drops these segments, which `row` no longer counts as alive, from its cache."""

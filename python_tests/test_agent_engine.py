@@ -90,7 +90,7 @@ def test_a_server_writes_what_reprefill_in_process_writes(
         assert torch.equal(theirs.trajectory.expiry, ours.trajectory.expiry)
         assert theirs.turns == ours.turns
         assert theirs.positions == "reprefill"
-        assert theirs.peak_tokens <= ours.peak_tokens <= ours.trajectory.peak_context
+        assert theirs.peak_context <= ours.peak_context <= ours.trajectory.peak_context
     assert largest_difference(model, there) <= 2e-5
     written = [[i for turn in rollout.turns for i in turn.token_ids] for rollout in there]
     assert list(heard.values()) == (written if streamed else [[], [], []])
@@ -135,7 +135,7 @@ def test_a_server_gets_the_live_ids_and_none_of_its_own_sampling_defaults(tokeni
     assert expected.items() <= asked[0].items()
     assert len({a["seed"] for a in asked}) == 4
     assert rollout.log_probs[rollout.trajectory.loss_mask].tolist() == [-1.0, -2.0, -3.0] * 4
-    assert rollout.peak_tokens == 2 + 5 + 3
+    assert rollout.peak_context == 2 + 5 + 3
 
 
 def test_a_turn_cut_by_the_limit_is_marked(server):

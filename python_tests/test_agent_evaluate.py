@@ -54,7 +54,7 @@ def test_a_chain_by_hand(monkeypatch, mode, hops):
     assert line.peak_tokens == contexts[-1] + 6
     assert line.dependency == sum(3 * (at + 1.5) + 3 * (at + 3 + 1.5) for at in contexts)
     assert line.compression == pytest.approx((contexts[-1] + 6) / (13 * hops + 6))
-    assert line.cache_tokens == 4 + contexts[-1] + 6
+    assert line.peak_context == 4 + contexts[-1] + 6
 
 
 def qa_results(monkeypatch, *replies: str):

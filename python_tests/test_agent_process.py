@@ -94,7 +94,7 @@ def test_an_episode_from_prompt_to_answers(monkeypatch, make_agent, model, token
     counted = [sum(turn.tokens) for turn in result.turns]
     prompt = trajectory.segments[0].num_tokens
     assert result.total_tokens == trajectory.num_tokens == prompt + sum(counted)
-    assert result.peak_tokens == trajectory.peak_context < result.total_tokens
+    assert result.peak_context == trajectory.peak_context < result.total_tokens
     assert [tokenizer.decode(s.ids) for s in trajectory.segments[1:3]] == [
         "<think>Nothing yet.</think>",
         "<search>capital of Chad</search>",
@@ -115,7 +115,7 @@ def test_the_transcript_reads_well(monkeypatch, make_agent, tokenizer):
         "<think>Chad: N'Djamena 🐪.</think>\n<search>Bamako Niger</search>\n",
         "    | Doc 1(Title: Mali) Bamako lies on the Niger",
         "1. What is the capital of Chad? -> N'Djamena\n2. And of Mali? -> Bamako\n",
-        f"3 turns, {result.seconds:.1f} s, peak {result.peak_tokens:,} of",
+        f"3 turns, {result.seconds:.1f} s, peak {result.peak_context:,} of",
     ):
         assert part in text
 
@@ -184,7 +184,7 @@ def test_a_task_that_cannot_begin(monkeypatch, make_agent, tokenizer, corpus):
     assert [result.reward for result in results] == [0.0, 1.0]
     assert results[0].error == "ToolError: no shop"
     assert results[0].trajectory is None
-    assert (results[0].peak_tokens, results[0].total_tokens, results[0].turns) == (0, 0, [])
+    assert (results[0].peak_context, results[0].total_tokens, results[0].turns) == (0, 0, [])
     assert "error: ToolError: no shop" in str(results[0])
     assert agent.run([broken])[0].error == "ToolError: no shop"
 
@@ -247,7 +247,7 @@ def test_the_papers_tags(monkeypatch, make_agent, tokenizer):
 def test_full_context_holds_everything(monkeypatch, make_agent, tokenizer):
     Script(monkeypatch, tokenizer, RIGHT)
     result = make_agent(retention=keep_all).process("", QUERIES)
-    assert result.peak_tokens == result.total_tokens
+    assert result.peak_context == result.total_tokens
 
 
 def test_sampling_repeats_with_its_seed(make_agent):
@@ -276,7 +276,7 @@ def test_token_environments_need_no_tokenizer(monkeypatch):
     assert tuple(result.answer) == task.answer
     assert result.answers == []
     assert result.trajectory.segments == tuple(segments)
-    assert result.peak_tokens == 23
+    assert result.peak_context == 23
     assert largest_difference(model, [result]) <= 2e-5
     assert f"answer: {task.answer[0]}" in str(result)
 

@@ -8,7 +8,7 @@ from local_server import serve
 
 from mem1_kernels.agent.environment import EnvironmentBatch, ToolError
 from mem1_kernels.agent.shop import Goal, Product, Shop, base_color, reward, token_set_ratio
-from mem1_kernels.agent.tags import MEM1, WEBSHOP, Turn
+from mem1_kernels.agent.tags import MEM1, WEBSHOP, ParsedTurn
 from mem1_kernels.agent.webshop import ShopSite, WebShop
 from mem1_kernels.agent.webshop_server import RemoteSite
 
@@ -306,5 +306,5 @@ def test_a_server_that_is_no_shop(reply, message):
 def test_the_action_comes_from_the_turn_only(shop):
     environment = WebShop(ShopSite(shop))
     environment.reset(shop.goals(1)[0])
-    turn = Turn("act", "click[buy now]", "search[boots]", True)
+    turn = ParsedTurn("act", "click[buy now]", "search[boots]", True)
     assert "Page 1" in environment.step(turn).observation

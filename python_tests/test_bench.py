@@ -43,7 +43,7 @@ def test_a_small_run_keeps_its_results(name, tmp_path, monkeypatch, capsys):
         pairs = {r["implementation"]: r["pairs"] for r in rows if r.get("pairs")}
         assert pairs["ours"] == pairs["sdpa_dense"] < pairs["sdpa_causal"] == 300 * 301 // 2
     if name == "rollout":
-        assert {row["peak_tokens"] for row in rows} == {912}
+        assert {row["peak_context"] for row in rows} == {912}
 
 
 def test_ratios_are_taken_round_by_round():

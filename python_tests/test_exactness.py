@@ -112,7 +112,7 @@ def test_rollout_equals_training(family, policy, positions, record_property):
     rollouts = run(model, retention=POLICIES[policy], positions=positions, depth=branches)
     assert [len(rollout.turns) for rollout in rollouts] == LAST_TURNS
     longest = rollouts[0]
-    assert (longest.peak_tokens < longest.trajectory.num_tokens - 9) == (policy != "keep_all")
+    assert (longest.peak_context < longest.trajectory.num_tokens - 9) == (policy != "keep_all")
     difference = largest_difference(model, rollouts)
     record_property("largest_difference", difference)
     assert difference <= 2e-5
@@ -157,9 +157,9 @@ def test_bf16_is_as_exact_as_the_models_own_decoding(family):
 def test_context_never_exceeds_the_trajectorys_peak(positions):
     rollouts = run(make_model("qwen2"), positions=positions)
     for rollout in rollouts:
-        assert rollout.peak_tokens <= rollout.trajectory.peak_context
+        assert rollout.peak_context <= rollout.trajectory.peak_context
     longest = rollouts[0]
-    assert longest.peak_tokens < longest.trajectory.num_tokens / 2
+    assert longest.peak_context < longest.trajectory.num_tokens / 2
 
 
 @pytest.mark.parametrize("positions", ["kept", "reprefill"])

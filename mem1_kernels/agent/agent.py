@@ -8,7 +8,7 @@ result = agent.process(
 )
 print(result)             # the transcript
 result.answers            # one a query
-result.peak_tokens        # what the cache held at most; it does not grow with the turns
+result.peak_context        # what the cache held at most; it does not grow with the turns
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Result:
         answer: the payload of the answer as it was written, or None.
         reward, scores: as the environment says (no golden answers: 0, and no scores).
         turns: for reading, one record a turn.
-        peak_tokens: the most tokens that were live at once, the prompt included.
+        peak_context: the most tokens that were live at once, the prompt included.
         total_tokens: of the whole trajectory: what a full context would hold at the end.
         trajectory: all tokens under the retention policy; None where the episode could not begin.
         rollout: the trajectory with the log-probs it was sampled with, as a trainer takes it.
@@ -115,8 +115,8 @@ class Result:
         return self.rollout.trajectory if self.rollout else None
 
     @property
-    def peak_tokens(self) -> int:
-        return self.rollout.peak_tokens if self.rollout else 0
+    def peak_context(self) -> int:
+        return self.rollout.peak_context if self.rollout else 0
 
     @property
     def total_tokens(self) -> int:
@@ -154,10 +154,10 @@ class Result:
             lines.append(f"error: {self.error}")
         if self.scores:
             lines.append(f"reward {self.reward:.3f}, {self.scores}")
-        share = f" ({self.peak_tokens / self.total_tokens:.0%})" if self.total_tokens else ""
+        share = f" ({self.peak_context / self.total_tokens:.0%})" if self.total_tokens else ""
         lines.append(
             f"{len(self.turns)} turn{'s' * (len(self.turns) != 1)}, {self.seconds:.1f} s, peak "
-            f"{self.peak_tokens:,} of {self.total_tokens:,} tokens{share}"
+            f"{self.peak_context:,} of {self.total_tokens:,} tokens{share}"
         )
         return "\n".join(lines)
 

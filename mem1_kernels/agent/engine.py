@@ -241,7 +241,7 @@ class ServerEngine:
                 for (row, context), written in zip(jobs, pool.map(write, jobs), strict=True):
                     row.wrote(number, written.token_ids, written.finish == "stop")
                     row.log_probs += written.log_probs
-                    row.peak_tokens = max(row.peak_tokens, len(context) + len(written.token_ids))
+                    row.peak_context = max(row.peak_context, len(context) + len(written.token_ids))
                 going = ask(respond, active, last=number == generation.max_turns)
                 for row, observed in going:
                     info = row.observation(observed)

@@ -5,7 +5,7 @@
 
 A prompt and an observation are text (`str`) for language models or token ids (`list[int]`) for the
 small tasks; `environment.tags` says how turns are written and is of the same kind. The environment
-gets a `Turn` that its tags have read from what the policy generated, and nothing else.
+gets a `ParsedTurn` that its tags have read from what the policy generated, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
-from mem1_kernels.agent.tags import Content, Tags, Turn
+from mem1_kernels.agent.tags import Content, ParsedTurn, Tags
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Environment(Protocol):
     def reset(self, task: Any) -> Content:
         """Begins an episode and returns its prompt."""
 
-    def step(self, turn: Turn) -> Step | tuple[Content, float, bool]:
+    def step(self, turn: ParsedTurn) -> Step | tuple[Content, float, bool]:
         """Does what the turn says; raises `ToolError` where a tool fails."""
 
 
@@ -146,7 +146,7 @@ class EnvironmentBatch:
 
         return self._map(begin, range(len(tasks)))
 
-    def step(self, turns: Sequence[Turn | None]) -> list[Step | None]:
+    def step(self, turns: Sequence[ParsedTurn | None]) -> list[Step | None]:
         """One turn for each episode: None where it is over, and None comes back there.
 
         Raises:

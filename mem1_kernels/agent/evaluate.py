@@ -59,7 +59,7 @@ class Measures:
         mode: a key of `MODES`; objectives, episodes: how many.
         em, f1: summed over an episode's objectives; None where nothing is scored so.
         peak_tokens, dependency, compression: as published; None where no episode counts.
-        cache_tokens: the most tokens held at once, the prompt included.
+        peak_context: the most tokens held at once, the prompt included.
         turns: how many.
         seconds: wall time divided by the episodes run side by side.
         errors: how many episodes ended before their time.
@@ -73,7 +73,7 @@ class Measures:
     peak_tokens: float | None
     dependency: float | None
     compression: float | None
-    cache_tokens: float
+    peak_context: float
     turns: float
     seconds: float
     errors: int
@@ -120,7 +120,7 @@ def measure(
         peak_tokens=_mean([peak_tokens(tokens, **options) for tokens in counted]),
         dependency=_mean([dependency(tokens, **options) for tokens in played]),
         compression=_mean([compression(tokens, **options) for tokens in played]),
-        cache_tokens=statistics.fmean(result.peak_tokens for result in results),
+        peak_context=statistics.fmean(result.peak_context for result in results),
         turns=statistics.fmean(len(tokens) for tokens in turns),
         seconds=seconds,
         errors=sum(bool(result.error) for result in results),
@@ -205,7 +205,7 @@ COLUMNS = (
     ("peak_tokens", "peak", 6, "{:.0f}"),
     ("dependency", "depend.", 8, "{:.2e}"),
     ("compression", "compr.", 6, "{:.3f}"),
-    ("cache_tokens", "cache", 6, "{:.0f}"),
+    ("peak_context", "cache", 6, "{:.0f}"),
     ("turns", "turns", 5, "{:.1f}"),
     ("seconds", "seconds", 7, "{:.2f}"),
     ("errors", "errors", 6, "{}"),

@@ -16,7 +16,7 @@ from typing import Any
 from mem1_kernels.agent.environment import Step
 from mem1_kernels.agent.metrics import exact_match, f1
 from mem1_kernels.agent.retrieval import Retriever, show_passages
-from mem1_kernels.agent.tags import MALFORMED, MEM1, TagSet, Turn
+from mem1_kernels.agent.tags import MALFORMED, MEM1, ParsedTurn, TagSet
 
 SEPARATOR = ";"
 
@@ -213,7 +213,7 @@ class RetrievalQA:
         self._task = task
         return prompt(task, self.tags)
 
-    def step(self, turn: Turn) -> Step:
+    def step(self, turn: ParsedTurn) -> Step:
         """Searches, or scores the answer.
 
         Raises:

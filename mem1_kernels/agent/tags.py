@@ -19,7 +19,7 @@ MALFORMED = "malformed"
 
 
 @dataclass(frozen=True)
-class Turn:
+class ParsedTurn:
     """One generated turn, read.
 
     Args:
@@ -53,7 +53,7 @@ class Tags(Protocol):
     def stops(self) -> tuple[str, ...] | tuple[int, ...]:
         """The closing tags at which generation of a turn stops."""
 
-    def parse(self, output: Content) -> Turn:
+    def parse(self, output: Content) -> ParsedTurn:
         """Reads one generated turn."""
 
     def state_length(self, ids: Sequence[int], decode: Callable[[list[int]], str] | None) -> int:
@@ -78,7 +78,7 @@ def _read(
     opening: Sequence[str],
     closings: Mapping[str, tuple[str, str]],
     strip: Callable[[_Output], _Output],
-) -> Turn:
+) -> ParsedTurn:
     """Reads a turn from the tags found in it: exactly `opening`, one action, and nothing else."""
     found = [mark.tag for mark in marks]
     bounds = [0, *(at for mark in marks for at in mark[1:]), len(output)]
@@ -89,11 +89,11 @@ def _read(
     kind, end = closings.get(found[-2] if len(found) > 1 else "", (MALFORMED, ""))
     if kind != MALFORMED and found == [*opening, found[-2], end]:
         if not any(pieces[::2]):
-            return Turn(kind, pieces[-4], pieces[-2], closed)
+            return ParsedTurn(kind, pieces[-4], pieces[-2], closed)
         got = "text outside of them"
     else:
         got = "".join(found[:8]) or "no tag"
-    return Turn(MALFORMED, output[:0], output[:0], closed, f"expected {order}, got {got}")
+    return ParsedTurn(MALFORMED, output[:0], output[:0], closed, f"expected {order}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class TagSet:
     Raises:
         ValueError: a name that is no tag name, a name used twice, or no action.
 
-    >>> MEM1.parse("<think>France: Paris.</think>\\n<search>capital of Chad</search>")
-    Turn(kind='search', state='France: Paris.', payload='capital of Chad', closed=True, error='')
+    >>> MEM1.parse("<think>France: Paris.</think>\\n<search>capital of Chad</search>").payload
+    'capital of Chad'
     >>> MEM1.parse("<think>I am sure.</think><answer>Par").kind
     'malformed'
     >>> MEM1.stops
@@ -152,7 +152,7 @@ class TagSet:
         """The closing tags of the actions."""
         return tuple(f"</{tag}>" for tag in self.actions.values())
 
-    def parse(self, output: Content) -> Turn:
+    def parse(self, output: Content) -> ParsedTurn:
         """Reads the text of one generated turn, special tokens taken out.
 
         Every tag must stand exactly once and in order; an observation that the policy writes for
@@ -234,7 +234,7 @@ class TokenTags:
 
     >>> tags = TokenTags(state=(1, 2), actions={"search": (3, 4)}, info=(5, 6))
     >>> tags.parse([1, 30, 2, 3, 31, 4])
-    Turn(kind='search', state=[30], payload=[31], closed=True, error='')
+    ParsedTurn(kind='search', state=[30], payload=[31], closed=True, error='')
     >>> tags.state_length([1, 30, 2, 3, 31, 4])
     3
     """
@@ -257,7 +257,7 @@ class TokenTags:
         """The closing ids of the actions."""
         return tuple(close for _, close in self.actions.values())
 
-    def parse(self, output: Content) -> Turn:
+    def parse(self, output: Content) -> ParsedTurn:
         """Reads the ids of one generated turn."""
         if isinstance(output, str):
             raise TypeError("output: expected token ids, got text")

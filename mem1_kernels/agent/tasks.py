@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mem1_kernels.agent.environment import Step, observation_ids
-from mem1_kernels.agent.tags import TokenTags, Turn
+from mem1_kernels.agent.tags import ParsedTurn, TokenTags
 from mem1_kernels.trajectory import Segment
 
 SHELVES = 3
@@ -189,7 +189,7 @@ class TableEnvironment:
         self._rng = random.Random(task.seed)
         return [EOS, task.kind, *task.keys, ASK]
 
-    def step(self, turn: Turn) -> Step:
+    def step(self, turn: ParsedTurn) -> Step:
         """Brings a shelf, or scores the answer.
 
         Raises:

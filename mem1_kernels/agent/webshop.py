@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from mem1_kernels.agent.catalogue import Product
 from mem1_kernels.agent.environment import Step
 from mem1_kernels.agent.shop import Goal, Shop, reward
-from mem1_kernels.agent.tags import MALFORMED, WEBSHOP, TagSet, Turn
+from mem1_kernels.agent.tags import MALFORMED, WEBSHOP, ParsedTurn, TagSet
 
 PER_PAGE = 10
 BACK, PREVIOUS, NEXT, BUY = "back to search", "< prev", "next >", "buy now"
@@ -161,7 +161,7 @@ class WebShop:
     >>> prompt = environment.reset(goal)
     >>> actions = [f"search[{goal.product.title}]", f"click[{goal.product.asin}]"]
     >>> actions += [f"click[{value}]" for value in goal.options.values()] + ["click[Buy Now]"]
-    >>> turns = [Turn("act", "", action, True) for action in actions]
+    >>> turns = [ParsedTurn("act", "", action, True) for action in actions]
     >>> [environment.step(turn).reward for turn in turns]
     [0.0, 0.0, 0.0, 0.0, 1.0]
     """
@@ -184,7 +184,7 @@ class WebShop:
         instruction, self._view = self.site.open(task)
         return _prompt(instruction, self.tags) + "\n" + _show(self._view)
 
-    def step(self, turn: Turn) -> Step:
+    def step(self, turn: ParsedTurn) -> Step:
         """Does what the turn says.
 
         Raises:
