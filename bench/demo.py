@@ -93,7 +93,7 @@ def train(way: str) -> dict[str, list[float] | float]:
         inputs = {"input_ids": layout.token_ids[None], "position_ids": layout.position_ids[None]}
         if way == "mem1_kernels":
             with patched(model):
-                logits = model(**inputs, plan=BlockPlan.from_expiry(layout.expiry)).logits[0]
+                logits = model(**inputs, plan=BlockPlan.of(layout)).logits[0]
         else:
             mask = visible(layout.expiry)[None, None]
             logits = model(**inputs, attention_mask=mask).logits[0]
@@ -136,7 +136,7 @@ def show_training() -> None:
 
 def show_speed() -> None:
     layout = turns(300, 8, 40, 16, 500)
-    plan = BlockPlan.from_expiry(layout.expiry)
+    plan = BlockPlan.of(layout)
     mask = visible(layout.expiry)
     query, key, value = (torch.randn(1, layout.num_tokens, heads, 64) for heads in (8, 2, 2))
     heads_first = [x.transpose(1, 2) for x in (query, key, value)]

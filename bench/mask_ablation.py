@@ -52,7 +52,7 @@ def released_layout(layout: Layout) -> Layout:
 def attend_release(model: Any, layout: Layout, plan: BlockPlan) -> Tensor:
     """The released mask as it was meant."""
     meant = released_layout(layout)
-    return attend(model, layout, BlockPlan.from_expiry(meant.expiry, meant.floor))
+    return attend(model, layout, BlockPlan.of(meant))
 
 
 def attend_as_released(model: Any, layout: Layout, plan: BlockPlan) -> Tensor:

@@ -19,16 +19,8 @@ from torch import Tensor
 from mem1_kernels.block_plan import BlockPlan
 from mem1_kernels.hf import TrajectoryCache, is_patched, patched
 from mem1_kernels.hf.cache import rope_limit
-from mem1_kernels.trajectory import (
-    Layout,
-    Retention,
-    Segment,
-    Trajectory,
-    mem1,
-    pack,
-    retained,
-    unroll,
-)
+from mem1_kernels.retention import Retention, Segment, mem1, retained
+from mem1_kernels.trajectory import Layout, Trajectory, pack, unroll
 
 
 @dataclass
@@ -543,8 +535,8 @@ class _Driver:
     def _prune(self, row: _CachedRow, alive: Tensor) -> None:
         """Keeps only those of the row's slots whose position `alive` marks, from the next feed."""
         if self.keep is None:
-            self.keep = torch.ones_like(self.cache.positions, dtype=torch.bool)
-        positions = self.cache.positions[row.index].clamp(0, len(alive) - 1).long()
+            self.keep = torch.ones_like(self.cache.position_ids, dtype=torch.bool)
+        positions = self.cache.position_ids[row.index].clamp(0, len(alive) - 1).long()
         self.keep[row.index] = alive.to(self.keep.device)[positions]
 
 

@@ -33,8 +33,9 @@ from mem1_kernels.agent.metrics import TurnTokens
 from mem1_kernels.agent.qa import QATask, RetrievalQA, split_answers
 from mem1_kernels.agent.retrieval import BM25, RetrievalServer
 from mem1_kernels.agent.tags import MEM1, Content, Tags, TagSet
+from mem1_kernels.retention import Retention, mem1
 from mem1_kernels.rollout import Rollout, Turn, check_temperature
-from mem1_kernels.trajectory import Retention, Trajectory, mem1
+from mem1_kernels.trajectory import Trajectory
 
 MODELS = {"mem1-7b": "Mem-Lab/Qwen2.5-7B-RL-RAG-Q2-EM-Release"}
 """Short names of models; any other name is a Hugging Face id or a local path."""

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from mem1_kernels.retention import Retention, Segment, mem1
 from mem1_kernels.rollout import (
     Respond,
     Rollout,
@@ -27,7 +28,6 @@ from mem1_kernels.rollout import (
     check_stop_strings,
     read_prompts,
 )
-from mem1_kernels.trajectory import Retention, Segment, mem1
 
 OnTokens = Callable[[int, Sequence[int]], None]
 """(row, ids just sampled in it), called while a turn is written, perhaps from another thread."""

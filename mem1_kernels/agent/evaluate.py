@@ -31,7 +31,7 @@ from mem1_kernels.agent.metrics import compression, dependency, exact_match, f1,
 from mem1_kernels.agent.qa import QATask, RetrievalQA, compose, load_questions
 from mem1_kernels.agent.retrieval import BM25, RetrievalServer
 from mem1_kernels.agent.tasks import ChainTask, LookupTask, TableEnvironment
-from mem1_kernels.trajectory import Retention, keep_all, mem1
+from mem1_kernels.retention import Retention, keep_all, mem1
 
 
 @dataclass(frozen=True)

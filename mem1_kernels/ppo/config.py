@@ -15,7 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from mem1_kernels.trajectory import Retention, keep_all, keep_last, mem1
+from mem1_kernels.retention import Retention, keep_all, keep_last, mem1
 
 # Largest and mean |log-prob of the rollout - log-prob of the trainer| that pass as rounding.
 TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 0.05)}

@@ -84,8 +84,9 @@ from mem1_kernels.ppo import (
 )
 from mem1_kernels.ppo.config import TOLERANCE, Config, retention_of
 from mem1_kernels.ppo.report import Log
+from mem1_kernels.retention import Retention, Segment
 from mem1_kernels.rollout import Rollout, collate
-from mem1_kernels.trajectory import Layout, Retention, Segment, Trajectory, pack, unroll
+from mem1_kernels.trajectory import Layout, Trajectory, pack, unroll
 
 logger = logging.getLogger(__name__)
 
@@ -777,8 +778,8 @@ def warm_start(learner: Learner, world: World, retention: Retention, progress: b
             trajectory = Trajectory(segments, retention)
             jump = rng.randint(0, config.sft_jump)
             behind = trajectory.position_ids >= trajectory.spans[0].stop
-            trajectory.position_ids = trajectory.position_ids + jump * behind
-            layouts.append(unroll(trajectory) if config.positions == "reprefill" else trajectory)
+            moved = trajectory.replaced(position_ids=trajectory.position_ids + jump * behind)
+            layouts.append(unroll(trajectory) if config.positions == "reprefill" else moved)
             rewards.append(reward)
         count = sum(int(layout.loss_mask.sum()) for layout in layouts)
         rows: list[Row] = []
