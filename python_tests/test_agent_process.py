@@ -18,10 +18,9 @@ from mem1_kernels.agent.engine import HFEngine
 from mem1_kernels.agent.environment import Step, ToolError
 from mem1_kernels.agent.qa import QATask, RetrievalQA
 from mem1_kernels.agent.retrieval import BM25, Passage, RetrievalServer, write_corpus
-from mem1_kernels.agent.shop import Shop
 from mem1_kernels.agent.tags import PAPER
 from mem1_kernels.agent.tasks import ChainTask, TableEnvironment, Teacher
-from mem1_kernels.agent.webshop import ShopSite, WebShop
+from mem1_kernels.agent.webshop import Shop, ShopSite, WebShop
 from mem1_kernels.rollout import collate, score
 
 PASSAGES = [

@@ -31,7 +31,7 @@ from mem1_kernels.agent.environment import (
 )
 from mem1_kernels.agent.metrics import TurnTokens
 from mem1_kernels.agent.qa import QATask, RetrievalQA, split_answers
-from mem1_kernels.agent.retrieval import BM25, RetrievalServer
+from mem1_kernels.agent.retrieval import open_retriever
 from mem1_kernels.agent.tags import MEM1, Content, Tags, TagSet
 from mem1_kernels.rollout import Rollout, Turn, check_temperature
 from mem1_kernels.trajectory import Retention, Trajectory, mem1
@@ -371,19 +371,14 @@ def _maker(environment: Any, tags: TagSet | None) -> Callable[[], Any]:
             raise ValueError("tags: expected none beside a function that makes environments")
         return environment
     if isinstance(environment, (str, Path)):
-        if _is_url(str(environment)):
-            return _maker(RetrievalServer(str(environment)), tags)
-        if Path(environment).suffix == ".jsonl":
-            return _maker(BM25.from_jsonl(environment), tags)
+        return _maker(open_retriever(environment, option="environment"), tags)
     if environment is not None:
         raise ValueError(
             "environment: expected a .jsonl corpus, the address of a retrieval server, a "
             f"retriever, an environment, or a function that makes one, got {environment!r}"
         )
-    from mem1_kernels.agent.factbook import Factbook
-
     try:
-        return _maker(BM25(Factbook().passages), tags)
+        return _maker(open_retriever("factbook"), tags)
     except ImportError as error:
         raise ImportError(
             "environment: none was given, and the default one, the World Factbook, is not there "
