@@ -33,7 +33,7 @@ from mem1_kernels import (
     visible,
 )
 from mem1_kernels.hf import patched
-from mem1_kernels.rollout import TrajectoryRollout, Turn, collate, score
+from mem1_kernels.rollout import Generation, HFEngine, Turn, collate, score
 from mem1_kernels.testing import turns
 
 TOKENS = 4096
@@ -93,7 +93,7 @@ def train(way: str) -> dict[str, list[float] | float]:
         inputs = {"input_ids": layout.token_ids[None], "position_ids": layout.position_ids[None]}
         if way == "mem1_kernels":
             with patched(model):
-                logits = model(**inputs, plan=BlockPlan.from_expiry(layout.expiry)).logits[0]
+                logits = model(**inputs, plan=BlockPlan.of(layout)).logits[0]
         else:
             mask = visible(layout.expiry)[None, None]
             logits = model(**inputs, attention_mask=mask).logits[0]
@@ -136,7 +136,7 @@ def show_training() -> None:
 
 def show_speed() -> None:
     layout = turns(300, 8, 40, 16, 500)
-    plan = BlockPlan.from_expiry(layout.expiry)
+    plan = BlockPlan.of(layout)
     mask = visible(layout.expiry)
     query, key, value = (torch.randn(1, layout.num_tokens, heads, 64) for heads in (8, 2, 2))
     heads_first = [x.transpose(1, 2) for x in (query, key, value)]
@@ -165,8 +165,11 @@ def show_rollout() -> None:
     def respond(written: list[Turn]) -> list[list[int]]:
         return [torch.randint(0, 256, (100,), generator=generator).tolist() for _ in written]
 
-    rollouts = TrajectoryRollout(model, max_turns=8, max_new_tokens=16).run(
-        [list(b"What does this module do?"), list(b"And this one?")], respond, generator=generator
+    rollouts = HFEngine(model).run(
+        [list(b"What does this module do?"), list(b"And this one?")],
+        respond,
+        Generation(max_turns=8, max_new_tokens=16),
+        generator=generator,
     )
     layout, sampled = collate(rollouts)
     with torch.no_grad():

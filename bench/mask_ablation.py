@@ -32,7 +32,8 @@ from bench.timing import environment
 from mem1_kernels import BlockPlan, Layout, Segment, Trajectory, mem1_release, pack, visible
 from mem1_kernels.hf import patch, unpatch
 from mem1_kernels.ppo.config import read_config
-from mem1_kernels.ppo.trainer import attend, train
+from mem1_kernels.ppo.learner import attend
+from mem1_kernels.ppo.trainer import train
 
 
 def released_layout(layout: Layout) -> Layout:
@@ -52,7 +53,7 @@ def released_layout(layout: Layout) -> Layout:
 def attend_release(model: Any, layout: Layout, plan: BlockPlan) -> Tensor:
     """The released mask as it was meant."""
     meant = released_layout(layout)
-    return attend(model, layout, BlockPlan.from_expiry(meant.expiry, meant.floor))
+    return attend(model, layout, BlockPlan.of(meant))
 
 
 def attend_as_released(model: Any, layout: Layout, plan: BlockPlan) -> Tensor:

@@ -25,8 +25,9 @@ import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from bench.timing import measure, print_row, write_results
-from mem1_kernels import keep_all, mem1
-from mem1_kernels.rollout import Rollout, TrajectoryRollout, Turn
+from mem1_kernels import Retention, keep_all, mem1
+from mem1_kernels.rollout import Generation, HFEngine, Rollout, Turn
+from mem1_kernels.trajectory import Positions
 
 PROMPT, STATE, ACTION, INFO = 300, 40, 16, 500
 WRITTEN = STATE + ACTION
@@ -53,21 +54,23 @@ def token_ids(batch: int, tokens: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 1024, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def ours(model: Any, turns: int, batch: int, **options: Any) -> Callable[[], list[Rollout]]:
-    """A rollout of so many turns, to be timed; the world answers at random."""
-    rollout = TrajectoryRollout(
-        model,
+def ours(
+    model: Any, turns: int, batch: int, retention: Retention, positions: Positions = "kept"
+) -> Callable[[], list[Rollout]]:
+    """A rollout of so many turns, to be timed; observations are random."""
+    engine = HFEngine(model, positions=positions)
+    generation = Generation(
+        retention=retention,
         max_turns=turns,
         max_new_tokens=WRITTEN,
         state_tokens=lambda ids: STATE,
-        **options,
     )
     prompts = token_ids(batch, PROMPT, 0).tolist()
 
     def respond(written: list[Turn]) -> list[list[int]]:
         return token_ids(batch, INFO, written[0].number).tolist()
 
-    return lambda: rollout.run(prompts, respond)
+    return lambda: engine.run(prompts, respond, generation)
 
 
 @torch.no_grad()
@@ -101,11 +104,9 @@ def rows_for(turns: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     batch = args.batch
     candidates: dict[str, Callable[[], None]] = {
-        "pruned": noting_peak("pruned", ours(model, turns, batch, retention=mem1)),
-        "reprefill": noting_peak(
-            "reprefill", ours(model, turns, batch, retention=mem1, positions="reprefill")
-        ),
-        "full": noting_peak("full", ours(model, turns, batch, retention=keep_all)),
+        "pruned": noting_peak("pruned", ours(model, turns, batch, mem1)),
+        "reprefill": noting_peak("reprefill", ours(model, turns, batch, mem1, "reprefill")),
+        "full": noting_peak("full", ours(model, turns, batch, keep_all)),
         "hf full": lambda: peak.update({"hf full": hf_full(model, turns, batch)}),
     }
     candidates = {way: candidates[way] for way in ("pruned", *args.ways)}

@@ -12,19 +12,16 @@ from mem1_kernels.ops.kv_cache import (
     prune_kv_,
     prune_paged_kv_,
 )
-from mem1_kernels.trajectory import (
-    Layout,
+from mem1_kernels.retention import (
     Retention,
     Segment,
-    Trajectory,
     fold,
     keep_all,
     keep_last,
     mem1,
     mem1_release,
-    pack,
-    unroll,
 )
+from mem1_kernels.trajectory import Layout, Trajectory, pack, unroll
 
 __version__ = "0.1.0"
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mem1_kernels.mask import check_expiry, saturated
+from mem1_kernels.trajectory import Layout
 
 BLOCK = 128
 """Tokens on each side of a plan's tile. Kernels may cut a tile into smaller ones."""
@@ -21,8 +22,8 @@ class BlockPlan:
     """Lists, for each query tile, the key tiles it meets, and the transpose for the backward.
 
     A tile is *full* when each of its pairs is visible (kernels do no mask work there), *empty*
-    (in no list) when none is, else *partial*. Make one with `from_expiry` and pass it to
-    `trajectory_attention` in every layer and step of that layout.
+    (in no list) when none is, else *partial*. Make one with `of` or `from_expiry` and
+    pass it to `trajectory_attention` in every layer and step of that layout.
 
     `expiry` `[P, tokens]` and `floor` (the same, or None) are int32, P being 1 (one layout for the
     whole batch) or the batch size. `lists` is one int32 tensor, so that compiled code sees a single
@@ -54,15 +55,34 @@ class BlockPlan:
         return f"BlockPlan({self.expiry.shape[0]} x {self.tokens} tokens, {self.expiry.device})"
 
     @staticmethod
+    def of(layout: Layout) -> BlockPlan:
+        """Plans a layout: its expiry and, where it has one, its floor.
+
+        Raises:
+            TypeError: something that is no Layout.
+            ValueError: a layout without tokens.
+
+        >>> from mem1_kernels import Segment, Trajectory
+        >>> BlockPlan.of(Trajectory([Segment("prompt", 300)]))
+        BlockPlan(1 x 300 tokens, cpu)
+        """
+        if not isinstance(layout, Layout):
+            raise TypeError(f"layout: expected a Layout, got {type(layout).__name__}")
+        return BlockPlan.from_expiry(layout.expiry, layout.floor)
+
+    @staticmethod
     def from_expiry(expiry: Tensor, floor: Tensor | None = None) -> BlockPlan:
-        """Plans a layout, on the device of `expiry`, without a host sync. It keeps copies of both.
+        """Plans a mask, on the device of `expiry`, without a host sync. It keeps copies of both.
+
+        Use `of` for a layout: it cannot lose the floor.
 
         Args:
             expiry: int32 or int64 `[tokens]`, or `[batch, tokens]` for rows of different layouts.
             floor: the same shape, or None.
 
         Raises:
-            TypeError, ValueError: another dtype, rank or shape; no tokens.
+            TypeError, ValueError: another dtype, rank or shape; no tokens; the expiry of a Layout
+                that has a floor, without the floor.
 
         >>> plan = BlockPlan.from_expiry(torch.full((300,), 300))
         >>> order, offsets, partial, tiles = plan.rows
@@ -70,6 +90,11 @@ class BlockPlan:
         ([[0, 1, 3, 6]], [[1, 1, 3]])
         """
         check_expiry(expiry, floor)
+        if floor is None and getattr(expiry, "needs_floor", False):
+            raise ValueError(
+                "floor: expected the floor of the layout that this expiry belongs to, got None "
+                "(BlockPlan.of(layout) takes both)"
+            )
         if expiry.shape[-1] == 0:
             raise ValueError("expiry: expected at least one token, got none")
         expiry = saturated(torch.atleast_2d(expiry))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mem1_kernels.mask import visible
-from mem1_kernels.trajectory import Retention, Segment, Trajectory, mem1
+from mem1_kernels.retention import Retention, Segment, mem1
+from mem1_kernels.trajectory import Trajectory
 
 
 def turns(

@@ -1,241 +1,43 @@
-"""What a token of an agent's trajectory may see, and for how long.
+"""What each token of an agent's trajectory sees, where it stands, and what predicts it.
 
-A retention policy (`mem1`, `keep_last(2)`, your own function) says which segment drops which. The
-same policy masks the trajectory in training and prunes the KV cache in a rollout. It gives each
-token an expiry, which is the whole mask (see `mem1_kernels.mask`).
+A retention policy (`mem1_kernels.retention`) gives each token an expiry, which is the whole mask
+(see `mem1_kernels.mask`).
 """
 
 from __future__ import annotations
 
-import operator
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from mem1_kernels.mask import visible_pairs
+from mem1_kernels.retention import GENERATED, Retention, Segment, mem1, retained
 
-ROLES = ("prompt", "state", "action", "info")
-GENERATED = ("state", "action")
+Positions: TypeAlias = Literal["kept", "reprefill"]
+"""Which positions a rollout and the layout that trains it use: "kept" positions go on counting over
+dropped tokens, as in a cache that is pruned; "reprefill" positions are compact, as in an engine
+that sends the live text again."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A run of tokens that live and die together.
-
-    Args:
-        role: "prompt", "state", "action" or "info"; the policy generates state and action.
-        tokens: how many tokens, or their ids.
-        turn: which turn it belongs to, counted from 0; a trajectory's turns never decrease.
-        depth: 0, or how deep in branches it was written (`fold` drops a branch at its return).
+def check_positions(value: object, name: str = "positions") -> Positions:
+    """`value`, if it is one of the forms of `Positions`.
 
     Raises:
-        ValueError: unknown role, negative count, turn or depth.
+        ValueError: anything else.
 
-    >>> Segment("state", [11, 12, 13], turn=1).num_tokens
-    3
+    >>> check_positions("kept")
+    'kept'
     """
-
-    role: str
-    tokens: int | Sequence[int] | Tensor
-    turn: int = 0
-    depth: int = 0
-    num_tokens: int = field(init=False)
-    ids: tuple[int, ...] | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(f"role: expected one of {ROLES}, got {self.role!r}")
-        for name in ("turn", "depth"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
-        if isinstance(self.tokens, int) and not isinstance(self.tokens, bool):
-            if self.tokens < 0:
-                raise ValueError(f"tokens: expected a count >= 0, got {self.tokens}")
-            count, ids = self.tokens, None
-        else:
-            values = self.tokens.tolist() if isinstance(self.tokens, Tensor) else self.tokens
-            if not isinstance(values, (list, tuple, range)):
-                got = type(values).__name__
-                raise ValueError(f"tokens: expected a count or a 1-D sequence of ids, got {got}")
-            if not all(type(token) is int for token in values):
-                raise ValueError("tokens: expected integer ids, got another type among them")
-            if values and min(values) < 0:
-                raise ValueError(f"tokens: expected ids >= 0, got {min(values)}")
-            count, ids = len(values), tuple(values)
-        object.__setattr__(self, "num_tokens", count)
-        object.__setattr__(self, "ids", ids)
-
-
-Expires: TypeAlias = Sequence[int]
-Retention: TypeAlias = Callable[[Sequence[Segment]], "Expires | tuple[Expires, Expires]"]
-"""A retention policy: a plain function from the segments to, for each of them, the index of the
-first segment that no longer sees it (`len(segments)`: it is never dropped). It may return a second
-list: for each segment, the index of the first segment that its tokens see (its floor).
-
-A rollout asks with the segments so far and the one about to be written, so what a policy says of
-past drops must not change as segments are added; the rollout checks that it does not.
-"""
-
-
-def _after_turn_writes(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    """Turns that generate something, and the index just behind the last segment they generate."""
-    ends: dict[int, int] = {}
-    for index, segment in enumerate(segments):
-        if segment.role in GENERATED:
-            ends[segment.turn] = index + 1
-    return list(ends), list(ends.values())
-
-
-def mem1(segments: Sequence[Segment]) -> list[int]:
-    """MEM1 (arXiv 2506.15841, section 3.1): a turn is dropped once the next state and action stand.
-
-    The prompt stays. The state, action and info of turn t expire at the end of what turn t+1
-    generates, so the info of turn t+1 sees the prompt and that turn's state and action only.
-
-    >>> turn = lambda t: [Segment("state", 2, t), Segment("action", 1, t), Segment("info", 5, t)]
-    >>> mem1([Segment("prompt", 4), *turn(1), *turn(2)])
-    [7, 6, 6, 6, 7, 7, 7]
-    """
-    turns, ends = _after_turn_writes(segments)
-    expires = []
-    for segment in segments:
-        following = bisect_right(turns, segment.turn)
-        dropped = segment.role != "prompt" and following < len(turns)
-        expires.append(ends[following] if dropped else len(segments))
-    return expires
-
-
-def mem1_release(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    """The mask that the released MEM1 training code builds; it differs from the paper.
-
-    A state expires with its own turn (so no state sees the one before it), an action and an info
-    with the next turn, and info tokens see only their own block.
-
-    >>> turn = lambda t: [Segment("state", 2, t), Segment("action", 1, t), Segment("info", 5, t)]
-    >>> mem1_release([Segment("prompt", 4), *turn(1), *turn(2)])
-    ([7, 4, 7, 7, 7, 7, 7], [0, 0, 0, 3, 0, 0, 6])
-    """
-    begins: dict[int, int] = {}
-    for index, segment in enumerate(segments):
-        if segment.role != "prompt":
-            begins.setdefault(segment.turn, index)
-    turns, starts = list(begins), [*begins.values(), len(segments), len(segments)]
-    expires = []
-    for segment in segments:
-        following = bisect_right(turns, segment.turn)
-        if segment.role == "prompt":
-            expires.append(len(segments))
-        else:
-            expires.append(starts[following + (segment.role != "state")])
-    floors = [index if segment.role == "info" else 0 for index, segment in enumerate(segments)]
-    return expires, floors
-
-
-def keep_all(segments: Sequence[Segment]) -> list[int]:
-    """Full context: nothing is ever dropped.
-
-    >>> keep_all([Segment("prompt", 4), Segment("state", 2, 1)])
-    [2, 2]
-    """
-    return [len(segments)] * len(segments)
-
-
-def keep_last(turns: int) -> Retention:
-    """Keeps the prompt and the last `turns` turns, the one being written included.
-
-    Raises:
-        TypeError: turns is no integer.
-        ValueError: turns < 1.
-
-    >>> keep_last(2)([Segment("prompt", 4), *(Segment("action", 1, t) for t in range(4))])
-    [5, 3, 4, 5, 5]
-    """
-    if not isinstance(turns, int):
-        raise TypeError(f"turns: expected an integer, as in keep_last(2), got {turns!r}")
-    if turns < 1:
-        raise ValueError(f"turns: expected at least 1, got {turns}")
-
-    def keep_last_turns(segments: Sequence[Segment]) -> list[int]:
-        begins: dict[int, int] = {}
-        for index, segment in enumerate(segments):
-            if segment.role != "prompt":
-                begins.setdefault(segment.turn, index)
-        numbers, starts = list(begins), list(begins.values())
-        expires = []
-        for segment in segments:
-            dropper = bisect_right(numbers, segment.turn) - 1 + turns
-            dropped = segment.role != "prompt" and dropper < len(numbers)
-            expires.append(starts[dropper] if dropped else len(segments))
-        return expires
-
-    keep_last_turns.__name__ = f"keep_last({turns})"
-    return keep_last_turns
-
-
-def fold(segments: Sequence[Segment]) -> list[int]:
-    """Context folding (arXiv 2510.11967): a branch is dropped when it returns.
-
-    A segment of depth d expires at the first later segment of smaller depth, which is where its
-    branch has returned. What the branch reports back is a segment of the outer depth.
-
-    >>> fold([Segment("prompt", 4), Segment("action", 1, 1), Segment("action", 9, 2, depth=1),
-    ...       Segment("info", 2, 2), Segment("action", 1, 3)])
-    [5, 5, 3, 5, 5]
-    """
-    expires = [len(segments)] * len(segments)
-    open_branches: list[int] = []
-    for index, segment in enumerate(segments):
-        while open_branches and segments[open_branches[-1]].depth > segment.depth:
-            expires[open_branches.pop()] = index
-        open_branches.append(index)
-    return expires
-
-
-def retained(
-    segments: Sequence[Segment], retention: Retention
-) -> tuple[list[int], list[int] | None]:
-    """Asks `retention` and checks its answer: (expires, floors or None), as segment indices.
-
-    Raises:
-        TypeError: an answer that is no list of integers, or two of them.
-        ValueError: an answer of the wrong length, a segment that expires before it ends, or a floor
-            behind its own segment.
-
-    >>> retained([Segment("prompt", 4), Segment("state", 2, 1)], keep_all)
-    ([2, 2], None)
-    """
-    if not callable(retention):
-        raise TypeError(f"retention: expected a function such as mem1, got {retention!r}")
-    name = getattr(retention, "__name__", repr(retention))
-    answer = retention(segments)
-    floors: list[int] | None = None
-    try:
-        if len(answer) == 2 and not hasattr(answer[0], "__index__"):
-            expires, floors = ([operator.index(i) for i in cast(Any, part)] for part in answer)
-        else:
-            expires = [operator.index(cast(Any, i)) for i in answer]
-    except TypeError as error:
-        raise TypeError(f"{name}: expected a list of segment indices, or two ({error})") from None
-    count = len(segments)
-    for label, values in (("expires", expires), ("floors", floors)):
-        if values is not None and len(values) != count:
-            raise ValueError(f"{name}: expected {count} {label}, got {len(values)}")
-    for index, end in enumerate(expires):
-        if not index < end <= count:
-            raise ValueError(
-                f"{name}: segment {index} must expire at {index + 1}..{count}, got {end}"
-            )
-    for index, first in enumerate(floors or ()):
-        if not 0 <= first <= index:
-            raise ValueError(f"{name}: segment {index} must see from 0..{index}, got {first}")
-    return expires, floors
+    for form in get_args(Positions):
+        if isinstance(value, str) and value == form:
+            return form
+    expected = " or ".join(repr(form) for form in get_args(Positions))
+    raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 class Span(NamedTuple):
@@ -247,57 +49,63 @@ class Span(NamedTuple):
     stop: int
 
 
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Layout:
     """Tokens in packed order, with all that a forward pass and a loss need to know of them.
 
     Made by `Trajectory`, `pack` and `unroll`. All tensors are `[tokens]`:
 
-        expiry          int32  first position whose query no longer sees this token
-        floor           int32  first token that this query sees, or None where that is 0 for all
+        expiry          int32  first index whose query no longer sees this token
+        floor           int32  first token that this query sees; None: 0 for every query
         position_ids    int64  RoPE positions
         loss_mask       bool   tokens that the policy generated
-        predecessor     int64  the token whose logits predict this one (-1: none does)
+        predecessor     int64  the token whose logits predict this one (-1: none)
         document        int64  which of the `num_documents` packed trajectories it belongs to
         source          int64  its index in those trajectories laid behind each other, so that
                                `torch.cat(per_trajectory_values)[source]` puts values in this order
-        token_ids       int64  or None where the segments were given as counts
+        token_ids       int64  None: the segments were given as counts
 
-    `spans` says where each segment lies, and `source_tokens` how many tokens the trajectories have
-    together (a layout can repeat some, or share a prompt's).
+    `spans` says where each segment lies. `source_tokens` is the number of tokens of the
+    trajectories together; it differs from `num_tokens` where a layout repeats tokens or shares a
+    prompt. `positions` is the form that the positions have. Training is exact only in the form
+    that the rollout used.
 
-    `positions` is "kept" (positions go on counting over dropped tokens, as in a cache that is
-    pruned) or "reprefill" (compact ones, as in an engine that sends the live text again). Training
-    is exact only for the form that the rollout used.
+    A layout does not change after it is made; `replaced` makes another one.
+
+    Raises:
+        TypeError: a field of another type.
+        ValueError: a field of another shape, or `positions` of no known form.
     """
 
-    def __init__(
-        self,
-        *,
-        expiry: Tensor,
-        floor: Tensor | None,
-        position_ids: Tensor,
-        loss_mask: Tensor,
-        predecessor: Tensor,
-        document: Tensor,
-        num_documents: int,
-        source: Tensor,
-        source_tokens: int,
-        token_ids: Tensor | None,
-        spans: tuple[Span, ...],
-        positions: Literal["kept", "reprefill"],
-    ) -> None:
-        self.expiry = expiry
-        self.floor = floor
-        self.position_ids = position_ids
-        self.loss_mask = loss_mask
-        self.predecessor = predecessor
-        self.document = document
-        self.num_documents = num_documents
-        self.source = source
-        self.source_tokens = source_tokens
-        self.token_ids = token_ids
-        self.spans = spans
-        self.positions = positions
+    expiry: Tensor
+    floor: Tensor | None
+    position_ids: Tensor
+    loss_mask: Tensor
+    predecessor: Tensor
+    document: Tensor
+    num_documents: int
+    source: Tensor
+    source_tokens: int
+    token_ids: Tensor | None
+    spans: tuple[Span, ...]
+    positions: Positions
+
+    def __post_init__(self) -> None:
+        check_positions(self.positions)
+        for name in _PER_TOKEN:
+            value = getattr(self, name)
+            if value is None and name in ("floor", "token_ids"):
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+            if value.shape != (self.num_tokens,):
+                expected, got = [self.num_tokens], list(value.shape)
+                raise ValueError(f"{name}: expected {expected} like expiry, got {got}")
+        # The mark makes a BlockPlan of this expiry without the floor raise. It is put on a view of
+        # our own, so that the caller's tensor stays as it is.
+        expiry: Any = self.expiry.detach()
+        expiry.needs_floor = self.floor is not None
+        object.__setattr__(self, "expiry", expiry)
 
     def __repr__(self) -> str:
         return (
@@ -329,12 +137,28 @@ class Layout:
         """How many (query, key) pairs are visible: the exact work of attention over this layout."""
         return visible_pairs(self.expiry, self.floor)
 
+    def replaced(self, **changes: Any) -> Layout:
+        """This layout with some fields replaced, as a plain Layout.
+
+        Raises:
+            TypeError: a name that is no field, or a value of another type.
+            ValueError: a value that does not fit.
+
+        >>> trajectory = Trajectory([Segment("prompt", 2), Segment("action", 1, 1)])
+        >>> trajectory.replaced(position_ids=trajectory.position_ids + 5).position_ids.tolist()
+        [5, 6, 7]
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(Layout)}
+        if unknown := sorted(changes.keys() - values.keys()):
+            raise TypeError(f"replaced: expected fields of a Layout, got {unknown}")
+        return Layout(**{**values, **changes})
+
     def to(self, device: torch.device | str) -> Layout:
         """This layout with its tensors on `device`."""
-        moved = Layout.__new__(Layout)
-        for name, value in vars(self).items():
-            moved.__dict__[name] = value.to(device) if isinstance(value, Tensor) else value
-        return moved
+        tensors = {name: getattr(self, name) for name in _PER_TOKEN}
+        return self.replaced(
+            **{name: None if x is None else x.to(device) for name, x in tensors.items()}
+        )
 
     def plot(self, path: str | Path, *, max_pixels: int = 1200) -> None:
         """Draws the mask with its segments along both axes into the image file `path`.
@@ -350,12 +174,26 @@ class Layout:
         plot_mask(self, path, max_pixels=max_pixels)
 
 
+_PER_TOKEN = (
+    "expiry",
+    "floor",
+    "position_ids",
+    "loss_mask",
+    "predecessor",
+    "document",
+    "source",
+    "token_ids",
+)
+"""The fields of a Layout that are tensors."""
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Trajectory(Layout):
-    """One agent's trajectory under a retention policy, its positions counting on over drops.
+    """One agent's trajectory under a retention policy. Its positions are the "kept" ones.
 
     Args:
         segments: what was written, in order; turns never decrease.
-        retention: which segment drops which, `mem1` unless told.
+        retention: which segment drops which (default: `mem1`).
 
     Raises:
         TypeError: something that is no segment, or a policy that is no function.
@@ -371,6 +209,9 @@ class Trajectory(Layout):
     >>> trajectory.peak_context, trajectory.visible_pairs
     (8, 41)
     """
+
+    segments: tuple[Segment, ...]
+    retention: Retention
 
     def __init__(self, segments: Sequence[Segment], retention: Retention = mem1) -> None:
         segments = tuple(segments)
@@ -412,8 +253,8 @@ class Trajectory(Layout):
             ),
             positions="kept",
         )
-        self.segments = segments
-        self.retention = retention
+        object.__setattr__(self, "segments", segments)
+        object.__setattr__(self, "retention", retention)
 
 
 def _join_ids(segments: Sequence[Segment]) -> Tensor | None:
@@ -479,7 +320,7 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
     if len({member.token_ids is None for member in members}) > 1:
         raise ValueError("items: expected token ids in all trajectories or in none")
 
-    parts: dict[str, list[Tensor]] = {name: [] for name in _PACKED}
+    parts: dict[str, list[Tensor]] = {name: [] for name in _PER_TOKEN}
     spans: list[Span] = []
     has_floor = any(member.floor is not None for member in members)
     base = source_base = document_base = 0
@@ -526,18 +367,6 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
         spans=tuple(spans),
         positions=members[0].positions,
     )
-
-
-_PACKED = (
-    "expiry",
-    "floor",
-    "position_ids",
-    "loss_mask",
-    "predecessor",
-    "document",
-    "source",
-    "token_ids",
-)
 
 
 def _check_shared_prompt(group: Sequence[Layout]) -> int:

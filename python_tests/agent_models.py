@@ -12,8 +12,8 @@ import transformers
 from local_server import Request
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mem1_kernels import rollout as rollout_module
 from mem1_kernels.agent.qa import QATask, prompt
+from mem1_kernels.rollout import hf_engine
 
 END = "<|end|>"
 
@@ -31,6 +31,16 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([prompt(QATask(("What is it?", "Where is it?")))], trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+def make_bytes_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Bytes as tokens."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {letter: number for number, letter in enumerate(sorted(letters), 1)}
+    core = tokenizers.Tokenizer(models.BPE({"<eos>": 0, **vocabulary}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
 
 
 def make_model(vocabulary: int) -> transformers.Qwen2ForCausalLM:
@@ -61,7 +71,7 @@ class Script:
         self.turns = [[encode(turn, add_special_tokens=False) for turn in row] for row in rows]
         self.number = 0
         self.writing: list[list[int]] = []
-        monkeypatch.setattr(rollout_module, "_sample", self.sample)
+        monkeypatch.setattr(hf_engine, "_sample", self.sample)
 
     def sample(self, logits, temperature, generator):
         if not self.writing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Read when libgomp loads, so before torch: idle threads sleep, since workers share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -31,3 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """accelerate keeps its settings for the whole process; a test with others starts anew."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -16,8 +16,11 @@ from torch.distributed.fsdp import fully_shard
 
 from mem1_kernels.agent.environment import Step
 from mem1_kernels.agent.tasks import TableEnvironment
+from mem1_kernels.agent.world import World
 from mem1_kernels.ppo.config import Config, parse_arguments
-from mem1_kernels.ppo.trainer import ActorCritic, World, end_processes, make_world, train
+from mem1_kernels.ppo.episodes import world_of
+from mem1_kernels.ppo.learner import ActorCritic
+from mem1_kernels.ppo.trainer import end_processes, train
 
 
 class Talk(TableEnvironment):
@@ -38,7 +41,7 @@ class Talk(TableEnvironment):
 
 def talk(config: Config) -> World:
     """The config's world, but that its environments talk."""
-    return replace(make_world(config), make=Talk)
+    return replace(world_of(config), make=Talk)
 
 
 class ShardedAccelerator(Accelerator):

@@ -11,8 +11,7 @@ from agent_models import completions, greedy_writer, make_model, make_tokenizer
 from local_server import serve
 
 from mem1_kernels import keep_all, keep_last, mem1, mem1_release
-from mem1_kernels.agent.engine import EngineError, Generation, HFEngine, ServerEngine
-from mem1_kernels.rollout import collate, score
+from mem1_kernels.rollout import EngineError, Generation, HFEngine, ServerEngine, collate, score
 
 PROMPTS = [[5, 9, 11, 7, 30, 8], [6, 7], list(range(10, 27))]
 LAST_TURNS = [5, 1, 3]

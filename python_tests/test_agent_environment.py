@@ -147,8 +147,22 @@ def test_turns_must_fit_the_episodes():
         EnvironmentBatch(Countdown, workers=0)
 
 
-def letters(text):
-    return [ord(letter) for letter in text]
+class Letters:
+    """A codec whose tokens are single letters."""
+
+    opened = ""
+
+    def __init__(self) -> None:
+        self.longest = 0
+
+    def encode(self, text):
+        self.longest = max(self.longest, len(text))
+        return [ord(letter) for letter in text]
+
+    encode_trusted = encode
+
+    def whole_characters(self, ids, text):
+        return ids
 
 
 def text(ids):
@@ -156,38 +170,33 @@ def text(ids):
 
 
 def test_a_long_observation_loses_its_end_and_never_its_tags():
-    whole = observation_ids("a" * 50, MEM1, encode=letters, turns_left=2)
+    whole = observation_ids("a" * 50, MEM1, codec=Letters(), turns_left=2)
     head = "\n\n<information>[HINT]You have 2 turns left.[/HINT]\n\n"
     assert text(whole) == head + "a" * 50 + "</information>\n\n"
     for cap in (len(whole), len(whole) - 1, len(whole) - 50):
-        cut = text(observation_ids("a" * 50, MEM1, encode=letters, turns_left=2, max_tokens=cap))
+        cut = text(observation_ids("a" * 50, MEM1, codec=Letters(), turns_left=2, max_tokens=cap))
         assert len(cut) == cap
         assert cut.startswith(head) and cut.endswith("</information>\n\n")
     with pytest.raises(ValueError, match=f"expected at least {len(whole) - 50} for the tags"):
         too_few = len(whole) - 51
-        observation_ids("a", MEM1, encode=letters, turns_left=2, max_tokens=too_few)
+        observation_ids("a", MEM1, codec=Letters(), turns_left=2, max_tokens=too_few)
 
 
 def test_an_enormous_observation_is_not_read_to_its_end():
-    seen = []
-
-    def encode(part):
-        seen.append(len(part))
-        return letters(part)
-
-    ids = observation_ids("é" * 50_000_000, MEM1, encode=encode, max_tokens=200)
+    codec = Letters()
+    ids = observation_ids("é" * 50_000_000, MEM1, codec=codec, max_tokens=200)
     assert len(ids) == 200
-    assert max(seen) <= 64 * 200
+    assert codec.longest <= 64 * 200
 
 
 def test_an_empty_observation_is_a_pair_of_tags():
-    assert text(observation_ids("", MEM1, encode=letters)) == "\n\n<information></information>\n\n"
-    assert text(observation_ids(" \n ", MEM1, encode=letters, max_tokens=40)).count("<") == 2
+    assert text(observation_ids("", MEM1, codec=Letters())) == "\n\n<information></information>\n\n"
+    assert text(observation_ids(" \n ", MEM1, codec=Letters(), max_tokens=40)).count("<") == 2
 
 
 def test_ids_are_capped_too_and_need_no_tokenizer():
     tags = TokenTags(state=(1, 2), actions={"search": (3, 4)}, info=(7, 8))
     assert observation_ids([30, 31, 32], tags) == [7, 30, 31, 32, 8]
     assert observation_ids([30, 31, 32], tags, max_tokens=4) == [7, 30, 31, 8]
-    with pytest.raises(TypeError, match="encode"):
+    with pytest.raises(TypeError, match="codec: expected a TextCodec"):
         observation_ids("x", MEM1)

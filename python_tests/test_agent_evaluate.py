@@ -15,6 +15,7 @@ from mem1_kernels.agent.evaluate import MODES, evaluate, main, measure, table
 from mem1_kernels.agent.qa import QATask
 from mem1_kernels.agent.retrieval import BM25, Passage, write_corpus
 from mem1_kernels.agent.tasks import VOCABULARY, ChainTask, TableEnvironment, Teacher
+from mem1_kernels.agent.world import make_world
 
 PASSAGES = [Passage("1", "Chad\nN'Djamena"), Passage("2", "Mali\nBamako")]
 
@@ -103,7 +104,7 @@ def test_every_mode_gets_the_same_tasks_and_enough_turns(monkeypatch):
         run = agent.run
 
         def spy(tasks, *, max_turns):
-            seeds.append(agent.seed)
+            seeds.append(agent.generation.seed)
             seen.append((mode, len(tasks), max_turns))
             assert all(task in drawn[task.searches] for task in tasks)
             return run(tasks, max_turns=max_turns)
@@ -176,12 +177,47 @@ def test_the_command_line_on_questions_and_a_server(tmp_path):
 
 def test_the_factbook_is_the_default():
     options = module._parse(["mem1-7b", "--episodes", "3"])
-    environment, draw = module._tasks(options)
-    tasks = draw(4)
+    world = module._world(options)
+    tasks = module._drawer(world, options)(4)
     assert len(tasks) == 3
     assert all(len(task.questions) == 4 for task in tasks)
-    ((found,),) = environment.retriever.search(["capital of Chad N'Djamena"], 1)
+    ((found,),) = world.make().retriever.search(["capital of Chad N'Djamena"], 1)
     assert found.title.startswith("Chad")
+
+
+def test_the_command_line_in_a_shop(tmp_path, capsys):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    lines = main(
+        [
+            *(str(tmp_path / "model"), "--task", "webshop", "--modes", "pruned"),
+            *("--episodes", "2", "--max-new-tokens", "3", "--max-turns", "2"),
+            *("--out", str(tmp_path / "out")),
+        ]
+    )
+    (line,) = lines
+    assert (line.objectives, line.em, line.f1, line.reward) == (1, None, None, 0.0)
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["options"]["corpus"] == "" and record["lines"][0]["reward"] == 0.0
+
+
+def test_a_purchase_by_hand(monkeypatch):
+    """The reward of the shop is measured, and there is no EM."""
+    tokenizer = make_tokenizer()
+    world = make_world("webshop", sizes=[1])
+    goal = world.eval_tasks(1)[0]
+    actions = [f"search[{goal.product.title}]", f"click[{goal.product.asin}]", "click[Buy Now]"]
+    body = "<think>.</think><summary>.</summary><answer>{}</answer>".format
+    Script(monkeypatch, tokenizer, [body(action) for action in actions])
+    agent = MemoryEfficientAgent(
+        make_model(len(tokenizer)), tokenizer=tokenizer, environment=world.make, progress=False
+    )
+    results = agent.run([goal])
+    line = measure(results, mode="pruned", objectives=1, seconds=0.0, released=True)
+    assert (line.em, line.f1, line.turns) == (None, None, 3)
+    assert 0 < line.reward < 1, "no option was chosen"
+    assert line.peak_tokens is not None, "what earned a reward counts"
 
 
 def test_errors():

@@ -14,15 +14,14 @@ from local_server import serve
 from mem1_kernels import keep_all
 from mem1_kernels.agent import agent as agent_module
 from mem1_kernels.agent.agent import MemoryEfficientAgent, resolve_model
-from mem1_kernels.agent.engine import HFEngine
 from mem1_kernels.agent.environment import Step, ToolError
 from mem1_kernels.agent.qa import QATask, RetrievalQA
 from mem1_kernels.agent.retrieval import BM25, Passage, RetrievalServer, write_corpus
-from mem1_kernels.agent.shop import Shop
-from mem1_kernels.agent.tags import PAPER
+from mem1_kernels.agent.tags import MEM1, PAPER
 from mem1_kernels.agent.tasks import ChainTask, TableEnvironment, Teacher
-from mem1_kernels.agent.webshop import ShopSite, WebShop
-from mem1_kernels.rollout import collate, score
+from mem1_kernels.agent.text import TextCodec
+from mem1_kernels.agent.webshop import Shop, ShopSite, WebShop
+from mem1_kernels.rollout import HFEngine, collate, score
 
 PASSAGES = [
     Passage("1", "Chad\nIts capital is N'Djamena. 🐪 العاصمة"),
@@ -112,7 +111,7 @@ def test_the_transcript_reads_well(monkeypatch, make_agent, tokenizer):
     for part in (
         "    | 1. What is the capital of Chad?\n",
         "--- turn 2: search (",
-        "<think>Chad: N'Djamena 🐪.</think>\n<search>Bamako Niger</search>\n",
+        "    <think>Chad: N'Djamena 🐪.</think>\n    <search>Bamako Niger</search>\n",
         "    | Doc 1(Title: Mali) Bamako lies on the Niger",
         "1. What is the capital of Chad? -> N'Djamena\n2. And of Mali? -> Bamako\n",
         f"3 turns, {result.seconds:.1f} s, peak {result.peak_context:,} of",
@@ -324,19 +323,19 @@ def test_tags_may_be_special_tokens():
     turn = "<think>easy</think><answer>yes</answer>"
     ids = tokenizer.encode(turn)
     assert len(set(ids) & set(tokenizer.convert_tokens_to_ids(tags))) == 4
-    assert agent_module._Codec(tokenizer).decode([*ids, tokenizer.eos_token_id]) == turn
+    assert TextCodec(tokenizer, MEM1).decode([*ids, tokenizer.eos_token_id]) == turn
 
 
 def test_a_plain_prompt_begins_as_the_tokenizer_begins_texts():
     tokenizer = make_tokenizer()
-    plain = agent_module._Codec(tokenizer).prompt("What is it?")
+    plain = TextCodec(tokenizer, MEM1).prompt("What is it?")
     assert plain == tokenizer.encode("What is it?")
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|begin|> $A <|end|>",
         special_tokens=[("<|begin|>", tokenizer.bos_token_id), (END, tokenizer.eos_token_id)],
     )
-    begun = agent_module._Codec(tokenizer).prompt("What is it?")
+    begun = TextCodec(tokenizer, MEM1).prompt("What is it?")
     assert begun == [tokenizer.bos_token_id, *plain]
 
 
@@ -346,7 +345,7 @@ def test_no_question_ends_the_users_message(make_agent):
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}[assistant]"
     )
-    codec = agent_module._Codec(tokenizer)
+    codec = TextCodec(tokenizer, MEM1)
     (end,) = tokenizer.encode(END)
     plain = codec.prompt("What is it?")
     messages = [{"role": "user", "content": "What is it?"}]

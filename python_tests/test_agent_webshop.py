@@ -7,10 +7,9 @@ import pytest
 from local_server import serve
 
 from mem1_kernels.agent.environment import EnvironmentBatch, ToolError
-from mem1_kernels.agent.shop import Goal, Product, Shop, base_color, reward, token_set_ratio
 from mem1_kernels.agent.tags import MEM1, WEBSHOP, ParsedTurn
-from mem1_kernels.agent.webshop import ShopSite, WebShop
-from mem1_kernels.agent.webshop_server import RemoteSite
+from mem1_kernels.agent.webshop import Goal, Product, RemoteSite, Shop, ShopSite, WebShop, reward
+from mem1_kernels.agent.webshop.shop import base_color, token_set_ratio
 
 
 @pytest.fixture(scope="module")

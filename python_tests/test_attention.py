@@ -87,7 +87,7 @@ def test_mem1_layouts(sizes, count, form):
     if form in ("packed", "tree"):
         other = turns(1 + sizes[0], count + 1, 5, sizes[1], sizes[2])
         layout = pack([layout, other] if form == "packed" else [[layout, other]])
-    plan = BlockPlan.from_expiry(layout.expiry, layout.floor)
+    plan = BlockPlan.of(layout)
     # Several rows, so that no lucky rounding of plain torch's sets the budget.
     check(make_inputs(8, layout.num_tokens, 2, 1, 16), layout.expiry, plan=plan)
 

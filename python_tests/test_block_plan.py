@@ -99,11 +99,11 @@ def test_causal_dead_and_windowed(tokens):
 @given(st.integers(1, 700), st.integers(1, 14), st.integers(0, 90), st.integers(0, 500))
 @settings(max_examples=25, deadline=None)
 def test_mem1_layouts(prompt, count, write, info):
-    check_plan(BlockPlan.from_expiry(turns(prompt, count, write, 16, info).expiry))
+    check_plan(BlockPlan.of(turns(prompt, count, write, 16, info)))
 
 
 def test_a_long_prompt_column_is_split():
-    plan = BlockPlan.from_expiry(turns(128, 40, 50, 14, 192).expiry)
+    plan = BlockPlan.of(turns(128, 40, 50, 14, 192))
     assert int(plan.named()["col_slots"][0, 0]) > 1
     check_plan(plan)
 

@@ -22,7 +22,7 @@ from mem1_kernels import (
     unroll,
 )
 from mem1_kernels.hf import patched
-from mem1_kernels.rollout import Rollout, TrajectoryRollout, collate, score
+from mem1_kernels.rollout import Generation, HFEngine, Rollout, TrajectoryRollout, collate, score
 
 VOCABULARY = 60
 STOP = 3
@@ -82,11 +82,20 @@ PROMPTS = [[5, 9, 11, 7, 30, 8], [6, 7], list(range(10, 27)), [40]]
 LAST_TURNS = [12, 1, 5, 3]
 
 
+OF_ENGINES = ("tokenizer", "positions", "capacity", "ordered")
+
+
+def roll(model, prompts, respond, seed: int = 0, **options) -> list[Rollout]:
+    """A rollout whose options are those of HFEngine and of Generation."""
+    engine = HFEngine(model, **{n: options.pop(n) for n in OF_ENGINES if n in options})
+    generator = torch.Generator(model.device).manual_seed(seed)
+    return engine.run(prompts, respond, Generation(**options), generator=generator)
+
+
 def run(model, seed: int = 0, **options) -> list[Rollout]:
     options = {"max_turns": 12, "max_new_tokens": 9, "stop_ids": [STOP], **options}
-    driver = TrajectoryRollout(model, state_tokens=lambda ids: len(ids) // 2, **options)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    return driver.run(PROMPTS, World(LAST_TURNS, seed), generator=generator)
+    options.setdefault("state_tokens", lambda ids: len(ids) // 2)
+    return roll(model, PROMPTS, World(LAST_TURNS, seed), seed, **options)
 
 
 def largest_difference(model, rollouts: list[Rollout], temperature: float = 1.0) -> float:
@@ -165,12 +174,8 @@ def test_context_never_exceeds_the_trajectorys_peak(positions):
 @pytest.mark.parametrize("positions", ["kept", "reprefill"])
 def test_a_group_behind_one_prompt_scores_the_same(positions):
     model = make_model("qwen2")
-    driver = TrajectoryRollout(
-        model, positions=positions, max_turns=4, max_new_tokens=6, stop_ids=[STOP]
-    )
-    rollouts = driver.run(
-        [PROMPTS[0]] * 3, World([4, 2, 3]), generator=torch.Generator().manual_seed(0)
-    )
+    options = {"positions": positions, "max_turns": 4, "max_new_tokens": 6, "stop_ids": [STOP]}
+    rollouts = roll(model, [PROMPTS[0]] * 3, World([4, 2, 3]), **options)
     layout, sampled = collate([rollouts])
     assert layout.num_tokens < collate(rollouts)[0].num_tokens
     with torch.no_grad():
@@ -214,13 +219,15 @@ def test_stop_strings_end_a_turn():
             return "".join(chr(96 + i) for i in ids)
 
     model = make_model("qwen2")
-    rollouts = TrajectoryRollout(
+    rollouts = roll(
         model,
+        PROMPTS,
+        World([3] * 4),
         max_turns=3,
         max_new_tokens=30,
         stop_strings=[chr(96 + 7), chr(96 + 9)],
         tokenizer=Tokenizer(),
-    ).run(PROMPTS, World([3] * 4), generator=torch.Generator().manual_seed(0))
+    )
     for rollout in rollouts:
         for turn in rollout.turns:
             assert (turn.token_ids[-1] in (7, 9)) == turn.closed
@@ -303,17 +310,17 @@ ERRORS = {
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors(message):
     with pytest.raises(ValueError, match=message):
-        TrajectoryRollout(make_model("qwen2"), **ERRORS[message])
+        roll(make_model("qwen2"), [[1]], World([1]), **ERRORS[message])
 
 
 def test_run_errors():
-    driver = TrajectoryRollout(make_model("qwen2"), max_new_tokens=2)
+    engine = HFEngine(make_model("qwen2"))
     with pytest.raises(ValueError, match="prompts: expected at least one"):
-        driver.run([], World([]))
+        engine.run([], World([]))
     with pytest.raises(ValueError, match="prompts: expected at least one, and none of them empty"):
-        driver.run([[1], []], World([1, 1]))
+        engine.run([[1], []], World([1, 1]))
     with pytest.raises(ValueError, match="respond: expected 1 replies, got 2"):
-        driver.run([[1]], lambda turns: [None, None])
+        engine.run([[1]], lambda turns: [None, None], Generation(max_new_tokens=2))
 
 
 class Letters:
@@ -331,7 +338,7 @@ WRONG_TYPES = {
 @pytest.mark.parametrize("message", WRONG_TYPES)
 def test_stops_of_another_type(message):
     with pytest.raises(TypeError, match=message):
-        TrajectoryRollout(make_model("qwen2"), tokenizer=Letters(), **WRONG_TYPES[message])
+        Generation(**WRONG_TYPES[message])
 
 
 ROPES = {
@@ -364,13 +371,12 @@ def test_a_rope_that_changes_on_the_way_is_refused_from_there(kind):
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    driver = TrajectoryRollout(model, max_turns=3, max_new_tokens=4)
-    layout, sampled = collate(driver.run([[5, 9]], World([2])))
+    layout, sampled = collate(roll(model, [[5, 9]], World([2]), max_turns=3, max_new_tokens=4))
     assert 8 < layout.num_tokens <= 32
     with torch.no_grad():
         assert (score(model, layout) - sampled).abs().max() <= 2e-5
     with pytest.raises(ValueError, match="position_ids: expected less than 32, from where"):
-        TrajectoryRollout(model, max_turns=9, max_new_tokens=9).run([[5, 9]], World([9]))
+        roll(model, [[5, 9]], World([9]), max_turns=9, max_new_tokens=9)
     longer = Trajectory([Segment("prompt", [5] * 30), Segment("action", [7] * 3, 1)])
     with pytest.raises(ValueError, match="layout: expected positions less than 32, .*, got 32"):
         score(model, longer)
@@ -381,9 +387,8 @@ def test_logits_that_are_no_numbers():
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
     for temperature in (0.0, 1.0):
-        driver = TrajectoryRollout(model, max_new_tokens=2, temperature=temperature)
         with pytest.raises((FloatingPointError, RuntimeError), match="row 0|probability tensor"):
-            driver.run([[1]], World([1]))
+            roll(model, [[1]], World([1]), max_new_tokens=2, temperature=temperature)
 
 
 def test_score_refuses_checkpointing_around_its_own_patch():
@@ -408,17 +413,28 @@ def test_collate_takes_rollouts_only():
 def test_stops_and_prompts_may_be_tensors():
     model = make_model("qwen2")
     want = run(model)
-    driver = TrajectoryRollout(
+    got = roll(
         model,
+        [torch.tensor(p) for p in PROMPTS],
+        World(LAST_TURNS),
         max_turns=12,
         max_new_tokens=9,
         stop_ids=torch.tensor([STOP]),
         state_tokens=lambda ids: len(ids) // 2,
     )
-    world, generator = World(LAST_TURNS), torch.Generator().manual_seed(0)
-    got = driver.run([torch.tensor(p) for p in PROMPTS], world, generator=generator)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a.trajectory.token_ids, b.trajectory.token_ids)
+
+
+def test_the_old_name_still_works():
+    """`TrajectoryRollout` stood in the README of 0.1."""
+    model = make_model("qwen2")
+    with pytest.warns(DeprecationWarning, match="use HFEngine"):
+        old = TrajectoryRollout(model, max_turns=3, max_new_tokens=4, stop_ids=[STOP])
+    got = old.run([[5, 9]], World([3]), generator=torch.Generator().manual_seed(0))
+    (want,) = roll(model, [[5, 9]], World([3]), max_turns=3, max_new_tokens=4, stop_ids=[STOP])
+    assert torch.equal(got[0].trajectory.token_ids, want.trajectory.token_ids)
+    assert torch.equal(got[0].log_probs, want.log_probs)
 
 
 @pytest.mark.parametrize("reply", [[20.7, 21.0], "20", ["20"], {20: 1}, torch.tensor([20.5])])
@@ -434,19 +450,18 @@ def test_ids_outside_the_vocabulary(token):
         with pytest.raises(ValueError, match=message):
             run_one(lambda turns: [[4, token]])
     with pytest.raises(ValueError, match=message if token >= 0 else "tokens: expected ids >= 0"):
-        TrajectoryRollout(make_model("qwen2")).run([[5, token]], World([1]))
+        roll(make_model("qwen2"), [[5, token]], World([1]))
 
 
 def run_one(respond):
-    driver = TrajectoryRollout(make_model("qwen2"), max_turns=2, max_new_tokens=2)
-    return driver.run([[5, 6]], respond, generator=torch.Generator().manual_seed(0))
+    return roll(make_model("qwen2"), [[5, 6]], respond, max_turns=2, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("temperature", [-1.0, float("nan")])
 def test_a_temperature_that_is_none(temperature):
     model = make_model("qwen2")
     with pytest.raises(ValueError, match="temperature: expected 0 or more, got"):
-        TrajectoryRollout(model, temperature=temperature)
+        Generation(temperature=temperature)
     layout, _ = collate(run(model))
     with pytest.raises(ValueError, match="temperature: expected 0 or more, got"):
         score(model, layout, temperature=temperature)

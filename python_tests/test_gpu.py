@@ -162,7 +162,7 @@ def test_a_patched_model_equals_the_dense_mask(family):
     with torch.no_grad():
         want = model(ids, position_ids=positions, attention_mask=dense).logits
         with patched(model):
-            plan = BlockPlan.from_expiry(layout.expiry.cuda())
+            plan = BlockPlan.of(layout.to("cuda"))
             got = model(ids, position_ids=positions, plan=plan).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 

@@ -89,7 +89,7 @@ def ids_for(tokens: int, batch: int = 1) -> Tensor:
 
 
 def plan_of(layout: Layout) -> BlockPlan:
-    return BlockPlan.from_expiry(layout.expiry, layout.floor)
+    return BlockPlan.of(layout)
 
 
 def additive(mask: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mem1_kernels import (
+    BlockPlan,
+    Layout,
     Segment,
     Trajectory,
     fold,
@@ -19,12 +24,14 @@ from mem1_kernels import (
     mem1,
     mem1_release,
     pack,
+    trajectory_attention,
     unroll,
     visible,
 )
 from mem1_kernels.mask import visible_pairs
+from mem1_kernels.retention import retained
 from mem1_kernels.testing import turns
-from mem1_kernels.trajectory import retained
+from mem1_kernels.trajectory import check_positions
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "mem1_release_masks.json").read_text())
 
@@ -246,6 +253,7 @@ def _trajectory(**changes):
         (lambda: Segment("observation", 3), "role: expected one of"),
         (lambda: Segment("info", -1), "tokens: expected a count >= 0, got -1"),
         (lambda: Segment("info", 1, turn=-1), "turn: expected an integer >= 0, got -1"),
+        (lambda: Segment("info", 1, turn=True), "turn: expected an integer >= 0, got True"),
         (lambda: Segment("info", 1, depth=1.5), "depth: expected an integer >= 0, got 1.5"),
         (lambda: Segment("info", "text"), "tokens: expected a count or a 1-D sequence of ids"),
         (lambda: Segment("info", [1, "a"]), "tokens: expected integer ids"),
@@ -296,6 +304,14 @@ def _trajectory(**changes):
         ),
         (lambda: unroll(_trajectory(retention=mem1_release)), "a policy with floors has no"),
         (lambda: unroll(_trajectory(retention=lambda s: [1, 2])), "its prompt expires"),
+        (lambda: check_positions("both"), "positions: expected 'kept' or 'reprefill', got 'both'"),
+        (lambda: check_positions(None), "positions: expected 'kept' or 'reprefill', got None"),
+        (lambda: check_positions(["kept"], "form"), "form: expected 'kept' or"),
+        (lambda: _trajectory().replaced(positions="both"), "positions: expected 'kept' or"),
+        (
+            lambda: _trajectory().replaced(position_ids=torch.arange(3)),
+            r"position_ids: expected \[4\] like expiry, got \[3\]",
+        ),
         (lambda: visible(torch.zeros(2, 2, 2, dtype=torch.int32)), r"expected \[tokens\] or"),
         (
             lambda: visible(torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)),
@@ -317,6 +333,68 @@ def test_type_errors():
         Trajectory("abc")
     with pytest.raises(TypeError, match="items: expected trajectories, got Segment"):
         pack([[Segment("prompt", 2)]])
+    with pytest.raises(TypeError, match=r"replaced: expected fields of a Layout, got \['segments'"):
+        _trajectory().replaced(segments=[])
+    with pytest.raises(TypeError, match="position_ids: expected a tensor, got NoneType"):
+        _trajectory().replaced(position_ids=None)
+    with pytest.raises(TypeError, match="layout: expected a Layout, got Tensor"):
+        BlockPlan.of(_trajectory().expiry)
+    for turns_kept in (True, 2.0, "2", None):
+        with pytest.raises(TypeError, match=r"turns: expected an integer, as in keep_last\(2\)"):
+            keep_last(turns_kept)
+
+
+def test_keep_last_is_a_value():
+    policy = keep_last(2)
+    assert policy == keep_last(2) != keep_last(3) and hash(policy) == hash(keep_last(2))
+    assert repr(policy) == policy.__name__ == "keep_last(2)"
+    assert pickle.loads(pickle.dumps(policy)) == copy.deepcopy(policy) == policy
+    with pytest.raises(FrozenInstanceError):
+        policy.turns = 3
+
+
+def test_a_layout_does_not_change():
+    trajectory = _trajectory(retention=keep_last(2))
+    for name in ("expiry", "position_ids", "positions", "segments", "retention"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(trajectory, name, None)
+    assert trajectory != _trajectory(retention=keep_last(2)) and len({trajectory, trajectory}) == 1
+
+    assert trajectory.peak_context == 4 and trajectory.visible_pairs == 10
+    shorter = trajectory.replaced(expiry=torch.tensor([1, 2, 3, 4]), positions="reprefill")
+    assert (shorter.peak_context, shorter.visible_pairs, shorter.positions) == (1, 4, "reprefill")
+    assert type(shorter) is type(trajectory.to("cpu")) is Layout
+    assert trajectory.expiry.tolist() == [4, 4, 4, 4] and trajectory.peak_context == 4
+    again = pickle.loads(pickle.dumps(trajectory))
+    assert type(again) is Trajectory and again.segments == trajectory.segments
+    assert again.retention == trajectory.retention and repr(again) == repr(trajectory)
+    assert torch.equal(again.expiry, trajectory.expiry) and again.floor is None
+
+
+@pytest.mark.parametrize("form", ["line", "packed", "tree", "copied", "moved"])
+def test_an_expiry_is_not_taken_without_its_floor(form):
+    """Else queries would see what their floor hides, in silence."""
+    line = turns(20, 2, 4, 2, 9, retention=mem1_release)
+    layout = {
+        "line": line,
+        "packed": pack([line, turns(20, 1, 4, 2, 9)]),
+        "tree": pack([[line, line]]),
+        "copied": copy.deepcopy(line),
+        "moved": line.to("cpu"),
+    }[form]
+    inputs = [torch.randn(1, layout.num_tokens, 1, 16) for _ in range(3)]
+    for use in (
+        BlockPlan.from_expiry,
+        lambda expiry: trajectory_attention(*inputs, expiry),
+    ):
+        with pytest.raises(ValueError, match="floor: expected the floor of the layout"):
+            use(layout.expiry)
+    assert torch.equal(BlockPlan.of(layout).floor, layout.floor[None])
+    mine = torch.full((layout.num_tokens,), layout.num_tokens)
+    layout.replaced(expiry=mine)
+    causal = layout.replaced(floor=None)
+    for free in (mine, causal.expiry, line.replaced(floor=None).expiry):
+        assert BlockPlan.from_expiry(free).floor is None
 
 
 def test_nested_packs_count_documents():

@@ -72,7 +72,7 @@ def assert_close(got: Tensor, expected: Tensor, bound: float = 2e-5) -> None:
 def held_positions(past: TrajectoryCache) -> list[list[int]]:
     return [
         sorted(row[:length].tolist())
-        for row, length in zip(past.positions, past.lengths.tolist(), strict=True)
+        for row, length in zip(past.position_ids, past.lengths.tolist(), strict=True)
     ]
 
 
@@ -123,7 +123,7 @@ def test_pruning_by_expiry_equals_the_masked_forward(
                 alive = row.expiry[: span.start] > span.start
                 assert held_positions(past)[number] == alive.nonzero().flatten().tolist()
                 if ordered:
-                    held = past.positions[number, : past.lengths[number]]
+                    held = past.position_ids[number, : past.lengths[number]]
                     assert torch.equal(held, held.sort().values)
             poison(past)
             ids = torch.zeros(3, width, dtype=torch.int64)
@@ -137,7 +137,7 @@ def test_pruning_by_expiry_equals_the_masked_forward(
                 logits[number].append(out[number, :count])
         for row, parts in zip(rows, logits, strict=True):
             assert_close(torch.cat(parts), whole(model, row.token_ids, row.expiry))
-        assert past.peak_tokens <= sum(row.peak_context for row in rows)
+        assert past.peak_context <= max(row.peak_context for row in rows)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,10 +194,10 @@ def test_positions_count_on_over_drops_unless_told() -> None:
     with torch.no_grad(), patched(model):
         past = TrajectoryCache(model, batch_size=2)
         model(ids[:, :8], past_key_values=past)
-        past.prune_(keep=past.positions < 3)
+        past.prune_(keep=past.position_ids < 3)
         model(ids[:, 8:9], past_key_values=past)
         assert held_positions(past) == [[0, 1, 2, 8], [0, 1, 2, 8]]
-        past.prune_(keep=past.positions < 3)
+        past.prune_(keep=past.position_ids < 3)
         position_ids = torch.tensor([[3, 4, 5], [20, 21, 30]])
         got = model(ids[:, 9:], position_ids=position_ids, past_key_values=past).logits
         assert held_positions(past) == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 20, 21, 30]]
@@ -215,7 +215,7 @@ def test_rows_are_pruned_apart() -> None:
     with torch.no_grad(), patched(model):
         past = TrajectoryCache(model, batch_size=3)
         model(ids, past_key_values=past)
-        keep = (past.positions < 4)[[1]]
+        keep = (past.position_ids < 4)[[1]]
         past.prune_(keep=keep, rows=[1])
         assert past.lengths.tolist() == [10, 4, 10]
         past.expiry[:, :5] = torch.tensor([[3], [5], [7]])
@@ -226,7 +226,7 @@ def test_rows_are_pruned_apart() -> None:
         got = model(ids[:, :1], past_key_values=past).logits
         alone = model(ids[1:2, :1], position_ids=torch.tensor([[10]]), use_cache=False).logits
         assert_close(got[1], alone[0])
-        past.prune_(keep=torch.zeros_like(past.positions, dtype=torch.bool))
+        past.prune_(keep=torch.zeros_like(past.position_ids, dtype=torch.bool))
         assert past.tokens == 0 and past.get_seq_length() == 0
 
 
@@ -247,20 +247,20 @@ def test_growing_and_fixed_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
 
         small = TrajectoryCache(model, batch_size=2, capacity=30)
         model(ids[:, :25], past_key_values=small)
-        before = [small.keys[0].clone(), small.positions.clone(), small.lengths.clone()]
+        before = [small.keys[0].clone(), small.position_ids.clone(), small.lengths.clone()]
         with pytest.raises(ValueError, match="capacity: 31 tokens do not fit in 30 slots"):
             model(ids[:, 25:31], past_key_values=small)
-        after = [small.keys[0], small.positions, small.lengths]
+        after = [small.keys[0], small.position_ids, small.lengths]
         assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
         assert small.get_max_length() == 30 and past.get_max_length() == -1
-        small.prune_(keep=small.positions < 20)
+        small.prune_(keep=small.position_ids < 20)
         assert_close(
             model(ids[:, :10], past_key_values=small, position_ids=torch.arange(25, 35)[None])
             .logits[:, :0]
             .sum(),
             torch.tensor(0.0),
         )
-        assert small.lengths.tolist() == [30, 30] and small.peak_tokens == 60
+        assert small.lengths.tolist() == [30, 30] and small.peak_context == 30
 
 
 class TestGenerate:
@@ -340,10 +340,10 @@ class TestGenerate:
                     for token in range(begin, len(text) - 1):
                         if token % 2:
                             dropped_at[row][token] = len(text) - 1
-                keep = torch.zeros_like(past.positions, dtype=torch.bool)
+                keep = torch.zeros_like(past.position_ids, dtype=torch.bool)
                 for row, text in enumerate(texts):
                     alive = [t for t in range(len(text) - 1) if dropped_at[row][t] is None]
-                    keep[row] = torch.isin(past.positions[row], torch.tensor(alive))
+                    keep[row] = torch.isin(past.position_ids[row], torch.tensor(alive))
                 past.prune_(keep=keep)
                 fed = torch.tensor(last)[:, None]
                 mask = torch.ones(2, past.get_seq_length() + 1)
@@ -370,7 +370,7 @@ class TestGenerate:
                     do_sample=True,
                 )
             model(ids, past_key_values=past)
-            past.prune_(keep=past.positions % 4 == 0)
+            past.prune_(keep=past.position_ids % 4 == 0)
             new = draw(2, 2)
             for mask in (None, torch.ones(2, 4)):  # positions would start at 1 and at 2
                 with pytest.raises(ValueError, match="expected them to rise|cached . new"):
@@ -407,7 +407,7 @@ def test_reset_empties_the_rows_and_keeps_the_memory() -> None:
         bytes_before = past.nbytes
         past.expiry.fill_(0)
         past.reset()
-        assert past.tokens == past.peak_tokens == past.get_seq_length() == 0
+        assert past.tokens == past.peak_context == past.get_seq_length() == 0
         assert torch.equal(model(ids, past_key_values=past).logits, first)
         past.prune_(100)
         assert past.lengths.tolist() == [6, 6] and past.nbytes == bytes_before
@@ -471,7 +471,7 @@ class TestExpect:
         with torch.no_grad():
             model(ids[:, :3], past_key_values=past)
             past.expect([1, 2], expiry=torch.iinfo(torch.int64).max)
-            past.prune_(keep=torch.ones_like(past.positions, dtype=torch.bool))
+            past.prune_(keep=torch.ones_like(past.position_ids, dtype=torch.bool))
             with pytest.raises(ValueError, match="the cache has 2 rows, got 1"):
                 model(ids[:1], past_key_values=past)
             model(ids, past_key_values=past)
@@ -500,7 +500,7 @@ class TestRefusals:
 
         def held() -> list[Tensor]:
             slots = [past.keys[0][:, :, :6], past.values[1][:, :, :6]]
-            return [*slots, past.lengths, past.positions[:, :6], past.expiry[:, :6]]
+            return [*slots, past.lengths, past.position_ids[:, :6], past.expiry[:, :6]]
 
         before = [x.clone() for x in held()]
         yield
@@ -522,7 +522,7 @@ class TestRefusals:
         past = TrajectoryCache(model, batch_size=2)
         with torch.no_grad():
             model(draw(2, 6), past_key_values=past)
-            past.prune_(keep=past.positions < 4)
+            past.prune_(keep=past.position_ids < 4)
         position_ids = torch.arange(6, 9)[None]
         stale = {"attention_mask": torch.ones(2, 9), "position_ids": position_ids}
         self.refuse(model, past, r"attention_mask: expected \[2, 7\]", **stale)
@@ -555,13 +555,13 @@ class TestRefusals:
             past.expect([1, 2], expiry=[5])
 
     def test_prune(self, past: TrajectoryCache) -> None:
-        keep = torch.ones_like(past.positions, dtype=torch.bool)
+        keep = torch.ones_like(past.position_ids, dtype=torch.bool)
         with pytest.raises(ValueError, match="keep: expected either now or keep, got both or none"):
             past.prune_()
         with pytest.raises(ValueError, match="keep: expected either now or keep, got both or none"):
             past.prune_(3, keep=keep)
         with pytest.raises(TypeError, match="keep: expected a bool tensor, got torch.int32"):
-            past.prune_(keep=past.positions)
+            past.prune_(keep=past.position_ids)
         with pytest.raises(TypeError, match="keep: expected a bool tensor, got list"):
             past.prune_(keep=[[True] * 256])
         with pytest.raises(TypeError, match="now: expected integers"):

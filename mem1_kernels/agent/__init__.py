@@ -1,15 +1,17 @@
 """The loop around the kernels: tags, environments, retrieval, scoring and the agent itself.
 
-`MemoryEfficientAgent` runs tasks; `python -m mem1_kernels.agent.evaluate` measures it. Environments
-and tasks stand in their own modules: `qa`, `factbook`, `webshop`, `tasks`.
+`MemoryEfficientAgent` runs tasks; `python -m mem1_kernels.agent.evaluate` measures it. `make_world`
+makes a task by its name; environments stand in modules of their own: `qa`, `factbook`, `webshop`,
+`tasks`.
 """
 
 from mem1_kernels.agent.agent import MemoryEfficientAgent, Result, TurnRecord, resolve_model
-from mem1_kernels.agent.engine import Engine, EngineError, Generation, HFEngine, ServerEngine
 from mem1_kernels.agent.environment import Environment, EnvironmentBatch, Step, ToolError
 from mem1_kernels.agent.qa import QATask, Question, RetrievalQA, compose, load_questions
-from mem1_kernels.agent.retrieval import BM25, Passage, RetrievalServer
-from mem1_kernels.agent.tags import MEM1, PAPER, WEBSHOP, TagSet, TokenTags
+from mem1_kernels.agent.retrieval import BM25, Passage, RetrievalServer, open_retriever
+from mem1_kernels.agent.tags import MEM1, PAPER, WEBSHOP, ParsedTurn, TagSet, TokenTags
+from mem1_kernels.agent.world import World, make_world
+from mem1_kernels.rollout import Engine, EngineError, Generation, HFEngine, ServerEngine
 
 __all__ = [
     "BM25",
@@ -23,6 +25,7 @@ __all__ = [
     "Generation",
     "HFEngine",
     "MemoryEfficientAgent",
+    "ParsedTurn",
     "Passage",
     "QATask",
     "Question",
@@ -35,7 +38,10 @@ __all__ = [
     "TokenTags",
     "ToolError",
     "TurnRecord",
+    "World",
     "compose",
     "load_questions",
+    "make_world",
+    "open_retriever",
     "resolve_model",
 ]

@@ -7,8 +7,8 @@ result = agent.process(
     max_turns=20,
 )
 print(result)             # the transcript
-result.answers            # one a query
-result.peak_context        # what the cache held at most; it does not grow with the turns
+result.answers            # one per query
+result.peak_context       # the most tokens its context held; it does not grow with the turns
 """
 
 from __future__ import annotations
@@ -17,24 +17,37 @@ import copy
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mem1_kernels.agent.engine import Engine, Generation, HFEngine, ServerEngine
 from mem1_kernels.agent.environment import (
     CHARACTERS_PER_TOKEN,
     EnvironmentBatch,
+    Step,
     observation_ids,
 )
 from mem1_kernels.agent.metrics import TurnTokens
 from mem1_kernels.agent.qa import QATask, RetrievalQA, split_answers
-from mem1_kernels.agent.retrieval import BM25, RetrievalServer
-from mem1_kernels.agent.tags import MEM1, Content, Tags, TagSet
-from mem1_kernels.rollout import Rollout, Turn, check_temperature
-from mem1_kernels.trajectory import Retention, Trajectory, mem1
+from mem1_kernels.agent.retrieval import open_retriever
+from mem1_kernels.agent.tags import MALFORMED, MEM1, Content, ParsedTurn, Tags, TagSet
+from mem1_kernels.agent.text import TextCodec, printable
+from mem1_kernels.rollout import (
+    Engine,
+    EngineError,
+    Generation,
+    HFEngine,
+    Rollout,
+    ServerEngine,
+    Turn,
+)
+from mem1_kernels.rollout.engine import check_count
+from mem1_kernels.trajectory import Positions, Trajectory
+
+GENERATION = Generation(max_new_tokens=512, temperature=0.0, seed=0)
+"""How an agent generates by default: greedily."""
 
 MODELS = {"mem1-7b": "Mem-Lab/Qwen2.5-7B-RL-RAG-Q2-EM-Release"}
 """Short names of models; any other name is a Hugging Face id or a local path."""
@@ -129,14 +142,19 @@ class Result:
 
     @property
     def transcript(self) -> str:
-        """The episode as text: a heading a turn, what was written, what came back."""
+        """The episode as text: per turn a heading, what was written and what came back.
+
+        Only headings begin at the margin, so no text can forge one. Control characters are shown
+        as escapes.
+        """
         parts = [_block("prompt", self.prompt)]
         for turn in self.turns:
             marks = "" if turn.closed else ", cut: no closing tag"
-            marks += f", unreadable: {turn.error}" if turn.error else ""
+            marks += f", unreadable: {_line(turn.error)}" if turn.error else ""
+            written = textwrap.indent(_show(turn.text), "    ", lambda line: True)
             parts.append(
                 f"--- turn {turn.number}: {turn.kind} "
-                f"({turn.tokens.state} + {turn.tokens.action} tokens{marks})\n{_show(turn.text)}"
+                f"({turn.tokens.state} + {turn.tokens.action} tokens{marks})\n{written}"
             )
             if turn.observation:
                 parts.append(_block(f"({turn.tokens.info} tokens)", turn.observation))
@@ -146,12 +164,12 @@ class Result:
         lines = [self.transcript, "--- result"]
         questions = self.task.questions if isinstance(self.task, QATask) else ()
         for number, answer in enumerate(self.answers, 1):
-            asked = f"{questions[number - 1]} " if questions else ""
-            lines.append(f"{number}. {asked}-> {_show(answer) or '(no answer)'}")
+            asked = f"{_line(questions[number - 1])} " if questions else ""
+            lines.append(f"{number}. {asked}-> {_line(answer) or '(no answer)'}")
         if not self.answers and self.answer is not None:
-            lines.append(f"answer: {_show(self.answer)}")
+            lines.append(f"answer: {_line(self.answer)}")
         if self.error:
-            lines.append(f"error: {self.error}")
+            lines.append(f"error: {_line(self.error)}")
         if self.scores:
             lines.append(f"reward {self.reward:.3f}, {self.scores}")
         share = f" ({self.peak_context / self.total_tokens:.0%})" if self.total_tokens else ""
@@ -183,14 +201,15 @@ class MemoryEfficientAgent:
               (`mem1-kernels[data]`): without that package, an environment must be given.
         tags: how turns are written, for the environments made here; the released checkpoint's
             (`MEM1`) unless told.
-        retention: which segment drops which.
+        generation: what to sample, until when, and which segment drops which. Default: mem1,
+            greedy, turns of at most 512 tokens, episodes of at most 20 turns, seed 0. The stops and
+            `state_tokens` come from the environment's tags and are left out here.
+        options: any field of `Generation` by its name, in place of the one in `generation`:
+            `MemoryEfficientAgent(model, temperature=0.7, retention=keep_last(2))`.
         tokenizer: for a loaded model, or where it is not beside the model.
-        max_new_tokens: tokens after which a turn is cut.
         max_info_tokens: the most tokens of an observation, its tags and hint included.
-        temperature: of sampling; 0 is greedy.
-        seed: of sampling, the same for every call; None: torch's default generator.
         workers: how many environments may act at once, for tools that wait for a network.
-        progress: show a progress bar, on stderr, a step a turn.
+        progress: show a progress bar, on stderr, one step per turn.
         on_text: called with (task number, piece of text) while a turn is written, where the
             environment speaks text.
         on_turn: called with (task number, TurnRecord) after each turn.
@@ -208,7 +227,7 @@ class MemoryEfficientAgent:
     ...     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
     ...     num_attention_heads=2, num_key_value_heads=1))
     >>> agent = MemoryEfficientAgent(model, environment=TableEnvironment(), progress=False,
-    ...                              max_new_tokens=8)
+    ...                              generation=Generation(max_new_tokens=8, temperature=0.0))
     >>> result = agent.process(ChainTask.sample(2, random.Random(0)))
     >>> result.reward, len(result.turns), result.total_tokens
     (0.0, 1, 12)
@@ -221,25 +240,32 @@ class MemoryEfficientAgent:
         engine: str | Engine = "pruned",
         environment: Any = None,
         tags: TagSet | None = None,
-        retention: Retention = mem1,
+        generation: Generation = GENERATION,
         tokenizer: Any = None,
-        max_new_tokens: int = 512,
         max_info_tokens: int = 600,
-        temperature: float = 0.0,
-        seed: int | None = 0,
         workers: int = 1,
         progress: bool = True,
         on_text: Callable[[int, str], None] | None = None,
         on_turn: Callable[[int, TurnRecord], None] | None = None,
+        **options: Any,
     ) -> None:
-        for name, value in (
-            ("max_new_tokens", max_new_tokens),
-            ("max_info_tokens", max_info_tokens),
-            ("workers", workers),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        check_temperature(temperature)
+        check_count("max_info_tokens", max_info_tokens)
+        check_count("workers", workers)
+        if not isinstance(generation, Generation):
+            raise TypeError(f"generation: expected a Generation, got {type(generation).__name__}")
+        unknown = sorted(options.keys() - {item.name for item in fields(Generation)})
+        if unknown:
+            raise TypeError(f"{unknown[0]}: neither the agent nor its Generation has this argument")
+        generation = replace(generation, **options)
+        given = [
+            name
+            for name in ("stop_ids", "stop_strings", "state_tokens")
+            if getattr(generation, name)
+        ]
+        if given:
+            raise ValueError(
+                f"generation: expected no {given}, which the environment's tags bring with them"
+            )
         if isinstance(engine, str) and not (engine in ("pruned", "reprefill") or _is_url(engine)):
             raise ValueError(
                 f"engine: expected 'pruned', 'reprefill' or an address http://…/v1, got {engine!r}"
@@ -252,11 +278,8 @@ class MemoryEfficientAgent:
             raise ValueError("model: expected a name or a model, got None")
         self.model = resolve_model(model) if isinstance(model, str) else model
         self.tokenizer = tokenizer
-        self.retention = retention
-        self.max_new_tokens = max_new_tokens
+        self.generation = generation
         self.max_info_tokens = max_info_tokens
-        self.temperature = temperature
-        self.seed = seed
         self.workers = workers
         self.progress = progress
         self.on_text = on_text
@@ -272,7 +295,7 @@ class MemoryEfficientAgent:
         return self._engine
 
     def process(
-        self, task: Any = "", queries: Sequence[str] | None = None, *, max_turns: int = 20
+        self, task: Any = "", queries: Sequence[str] | None = None, *, max_turns: int | None = None
     ) -> Result:
         """Runs one task to its end.
 
@@ -281,6 +304,7 @@ class MemoryEfficientAgent:
                 environment's own kind (a `QATask`, a `ChainTask`, a shop's goal).
             queries: the questions, each of which gets an answer.
             max_turns: turns after which the episode ends; the policy is told how many are left.
+                Default: the generation's.
 
         Raises:
             TypeError, ValueError: a task that the environment does not know; no queries.
@@ -294,7 +318,7 @@ class MemoryEfficientAgent:
             raise TypeError("queries: expected the questions, got None")
         return self.run([task], max_turns=max_turns)[0]
 
-    def run(self, tasks: Sequence[Any], *, max_turns: int = 20) -> list[Result]:
+    def run(self, tasks: Sequence[Any], *, max_turns: int | None = None) -> list[Result]:
         """Runs several tasks side by side; one result each, in order.
 
         A tool that fails ends its own episode, with the error recorded in its result, and leaves
@@ -306,12 +330,13 @@ class MemoryEfficientAgent:
         """
         if not tasks:
             raise ValueError("tasks: expected at least one, got none")
-        if max_turns < 1:
-            raise ValueError(f"max_turns: expected at least 1, got {max_turns}")
+        generation = self.generation
+        if max_turns is not None:
+            generation = replace(generation, max_turns=max_turns)
         started = time.perf_counter()
         batch = EnvironmentBatch(self._make, workers=self.workers)
         prompts = batch.reset(tasks)
-        episodes = _Episodes(self, batch, prompts, max_turns)
+        episodes = _Episodes(self, batch, prompts, generation)
         rollouts = episodes.play() if batch.active else {}
         seconds = time.perf_counter() - started
         return [
@@ -328,7 +353,7 @@ class MemoryEfficientAgent:
                     f"{type(self.model).__name__}"
                 )
             return ServerEngine(kind, self.model, self._load_tokenizer())
-        positions: Any = "kept" if kind == "pruned" else "reprefill"
+        positions: Positions = "kept" if kind == "pruned" else "reprefill"
         if not named:
             return HFEngine(self.model, self.tokenizer, positions=positions)
         import torch
@@ -371,68 +396,19 @@ def _maker(environment: Any, tags: TagSet | None) -> Callable[[], Any]:
             raise ValueError("tags: expected none beside a function that makes environments")
         return environment
     if isinstance(environment, (str, Path)):
-        if _is_url(str(environment)):
-            return _maker(RetrievalServer(str(environment)), tags)
-        if Path(environment).suffix == ".jsonl":
-            return _maker(BM25.from_jsonl(environment), tags)
+        return _maker(open_retriever(environment, option="environment"), tags)
     if environment is not None:
         raise ValueError(
             "environment: expected a .jsonl corpus, the address of a retrieval server, a "
             f"retriever, an environment, or a function that makes one, got {environment!r}"
         )
-    from mem1_kernels.agent.factbook import Factbook
-
     try:
-        return _maker(BM25(Factbook().passages), tags)
+        return _maker(open_retriever("factbook"), tags)
     except ImportError as error:
         raise ImportError(
             "environment: none was given, and the default one, the World Factbook, is not there "
             f"({error}); install it, or give a corpus: environment='corpus.jsonl'"
         ) from error
-
-
-@dataclass
-class _Codec:
-    """Text to ids and back; None as the tokenizer: everything is ids already."""
-
-    tokenizer: Any
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text without BOS, EOS and padding; other special tokens may be the tags."""
-        own = self.tokenizer
-        silent = {own.bos_token_id, own.eos_token_id, own.pad_token_id}
-        return own.decode([i for i in ids if i not in silent], skip_special_tokens=False)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text in which no special token is read."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def prompt(self, prompt: Content) -> list[int]:
-        """A prompt as the policy reads it: as the user's message, where the model chats.
-
-        No special token in it is read, so that no question can end the user's message.
-        """
-        if not isinstance(prompt, str):
-            return prompt
-        if self.tokenizer.chat_template is None:
-            begin = self.tokenizer.encode("")[:1]  # a BOS token, where the tokenizer puts one
-            return [*(i for i in begin if i == self.tokenizer.bos_token_id), *self.encode(prompt)]
-        if not any(token in prompt for token in self.tokenizer.get_added_vocab()):
-            return self._as_message(prompt)
-        mark = "prompt"
-        while mark in self._as_message("", tokenize=False):
-            mark += "-"
-        before, after = self._as_message(mark, tokenize=False).split(mark)
-        ends = [self.tokenizer.encode(end, add_special_tokens=False) for end in (before, after)]
-        return [*ends[0], *self.encode(prompt), *ends[1]]
-
-    def _as_message(self, content: str, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            return_dict=False,
-            **options,
-        )
 
 
 @dataclass
@@ -442,38 +418,37 @@ class _Episodes:
     agent: MemoryEfficientAgent
     batch: EnvironmentBatch
     prompts: list[Content]
-    max_turns: int
+    generation: Generation
     records: dict[int, list[TurnRecord]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.engine = self.agent.engine
         self.tags: Tags = self.batch.tags
-        self.codec = _Codec(self.engine.tokenizer)
         self.places = self.batch.active  # of each row of the rollout
+        self.max_turns = self.generation.max_turns
         self.records = {place: [] for place in range(len(self.prompts))}
         self.text = any(isinstance(self.prompts[place], str) for place in self.places)
         if self.text and self.engine.tokenizer is None:
             raise TypeError(
                 "tokenizer: expected one beside a loaded model, as the environment speaks text"
             )
+        self.codec = TextCodec(self.engine.tokenizer, self.tags) if self.text else None
 
     def play(self) -> dict[int, Rollout]:
         """Runs all episodes that have begun: place -> rollout."""
         agent, tags, text = self.agent, self.tags, self.text
+        prompts = self.read_prompts()
+        if not prompts:
+            return {}
         stops: tuple[Any, ...] = tuple(tags.stops)
-        generation = Generation(
-            retention=agent.retention,
-            max_turns=self.max_turns,
-            max_new_tokens=agent.max_new_tokens,
+        generation = replace(
+            self.generation,
             stop_ids=self.engine.eos_ids if text else (*stops, *self.engine.eos_ids),
             stop_strings=stops if text else (),
             state_tokens=self.state_tokens,
-            temperature=agent.temperature,
-            seed=agent.seed,
         )
-        prompts = [self.codec.prompt(self.prompts[place]) for place in self.places]
         stream: _Stream | None = None
-        if agent.on_text is not None and text:
+        if agent.on_text is not None and self.codec is not None:
             stream = _Stream(self.codec.decode, self.places, agent.on_text)
         with tqdm(
             total=self.max_turns, desc="turns", unit="turn", leave=False, disable=not agent.progress
@@ -481,10 +456,54 @@ class _Episodes:
             rollouts = self.engine.run(
                 prompts, self.respond(stream), generation, stream.add if stream else None
             )
+        for place, rollout in zip(self.places, rollouts, strict=True):
+            if rollout.error:
+                self.batch.fail(place, EngineError(rollout.error))
         return dict(zip(self.places, rollouts, strict=True))
 
+    def read_prompts(self) -> list[list[int]]:
+        """The prompts' ids; an episode whose prompt the model cannot read ends."""
+        prompts, places = [], []
+        for place in self.places:
+            prompt = self.prompts[place]
+            try:
+                ids = prompt if self.codec is None else self.codec.prompt(prompt)
+                prompts.append(self.known("prompt", ids))
+                places.append(place)
+            except ValueError as error:
+                self.batch.fail(place, error)
+        self.places = places
+        return prompts
+
+    def known(self, name: str, ids: Any) -> list[int]:
+        """The ids, if the model knows all of them and there are some in a prompt.
+
+        Raises:
+            ValueError: an empty prompt, or ids outside the vocabulary.
+        """
+        if name == "prompt" and not ids:
+            raise ValueError("prompt: expected at least one token, got none")
+        limit = self.engine.vocabulary
+        if limit is not None and ids and not 0 <= min(ids) <= max(ids) < limit:
+            raise ValueError(
+                f"{name}: expected token ids from 0 to {limit - 1}, got {min(ids)} to {max(ids)}"
+            )
+        return ids
+
     def state_tokens(self, ids: list[int]) -> int:
-        return self.tags.state_length(ids, self.codec.decode if self.text else None)
+        return self.tags.state_length(ids, None if self.codec is None else self.codec.decode)
+
+    def parse(self, ids: list[int]) -> tuple[Content, ParsedTurn]:
+        """What the policy wrote, for reading, and as its tags read it."""
+        codec = self.codec
+        if codec is None:
+            return ids, self.tags.parse(ids)
+        output = codec.decode(ids)
+        read = self.tags.parse(output, codec.opened)
+        if not codec.knows(ids):
+            message = "token ids that the tokenizer does not know"
+            read = ParsedTurn(MALFORMED, "", "", read.closed, message)
+        return output, read
 
     def respond(self, stream: _Stream | None) -> Callable[[Sequence[Turn]], list[list[int] | None]]:
         """The environments' side of a turn."""
@@ -492,29 +511,28 @@ class _Episodes:
         def answer(turns: Sequence[Turn]) -> list[list[int] | None]:
             if stream is not None:
                 stream.end()
-            outputs = [self.codec.decode(t.token_ids) if self.text else t.token_ids for t in turns]
-            read: list[Any] = [None] * len(self.prompts)
-            for turn, output in zip(turns, outputs, strict=True):
-                read[self.places[turn.row]] = self.tags.parse(output)
-            steps = self.batch.step(read)
-            replies: list[list[int] | None] = []
-            for turn, output in zip(turns, outputs, strict=True):
+            parsed = [self.parse(turn.token_ids) for turn in turns]
+            said: list[ParsedTurn | None] = [None] * len(self.prompts)
+            for turn, (_, read) in zip(turns, parsed, strict=True):
+                said[self.places[turn.row]] = read
+            for place in set(self.batch.active) - {self.places[turn.row] for turn in turns}:
+                self.batch.stop(place, "the engine ended the row")
+            steps = self.batch.step(said)
+            replies = []
+            for turn, (output, read) in zip(turns, parsed, strict=True):
                 place = self.places[turn.row]
-                step, said = steps[place], read[place]
+                step = steps[place]
                 assert step is not None
-                last = turn.number == self.max_turns
-                if last and not step.done:
-                    self.batch.stop(place, f"no end after {self.max_turns} turns")
-                reply = None if step.done or last else self.info(step.observation, turn.number)
+                reply = self.reply(place, step, turn.number)
                 state = self.state_tokens(turn.token_ids)
                 record = TurnRecord(
                     number=turn.number,
                     text=output,
-                    kind=said.kind,
-                    state=said.state,
-                    payload=said.payload,
-                    closed=said.closed,
-                    error=said.error,
+                    kind=read.kind,
+                    state=read.state,
+                    payload=read.payload,
+                    closed=read.closed,
+                    error=read.error,
                     observation=self.seen(step.observation) if reply is not None else "",
                     tokens=TurnTokens(state, len(turn.token_ids) - state, len(reply or ())),
                 )
@@ -528,14 +546,25 @@ class _Episodes:
 
         return answer
 
-    def info(self, observation: Content, number: int) -> list[int]:
-        return observation_ids(
-            observation,
+    def reply(self, place: int, step: Step, number: int) -> list[int] | None:
+        """The ids of what came back; None where the episode is over."""
+        if step.done:
+            return None
+        if number == self.max_turns:
+            self.batch.stop(place, f"no end after {self.max_turns} turns")
+            return None
+        ids = observation_ids(
+            step.observation,
             self.tags,
-            encode=self.codec.encode if self.text else None,
+            codec=self.codec,
             max_tokens=self.agent.max_info_tokens,
             turns_left=self.max_turns - number,
         )
+        try:
+            return self.known("observation", ids)
+        except ValueError as error:
+            self.batch.fail(place, error)
+            return None
 
     def seen(self, observation: Content) -> Content:
         """No more of an observation than could be seen."""
@@ -617,14 +646,21 @@ def _result(
 
 
 def _show(content: Any) -> str:
-    return content.strip() if isinstance(content, str) else " ".join(map(str, content))
+    """Text or ids, for a terminal."""
+    text = content.strip() if isinstance(content, str) else " ".join(map(str, content))
+    return printable(text)
+
+
+def _line(content: Any) -> str:
+    """Text or ids on one line."""
+    return " ".join(_show(content).split())
 
 
 def _block(name: str, content: Content) -> str:
     """An indented block: what the policy read and did not write."""
     text = "\n".join(
         line
-        for paragraph in _show(content).splitlines()
+        for paragraph in _show(content).split("\n")
         for line in textwrap.wrap(paragraph, 96, break_on_hyphens=False) or [""]
     )
     return f"    | {name}\n" + textwrap.indent(text, "    | ", lambda line: True)

@@ -19,6 +19,7 @@ from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 from mem1_kernels.agent.tags import Content, ParsedTurn, Tags
+from mem1_kernels.agent.text import TextCodec, printable, valid_text
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +82,12 @@ class Episode:
 class EnvironmentBatch:
     """Several episodes side by side: lists in, lists out.
 
-    A tool that fails ends its episode, with the reward earned so far and the error recorded, and
-    leaves the others alone.
+    Whatever an environment or a tool raises ends its own episode, with the reward earned so far and
+    the error recorded, and leaves the others alone. Text that comes out of an environment is made
+    valid Unicode: a lone surrogate becomes U+FFFD.
 
     Args:
-        make: makes one environment; called once for each place in the batch.
+        make: makes one environment; called once per place in the batch.
         workers: how many steps may run at once, for tools that wait for a network.
 
     >>> from mem1_kernels.agent.tags import MEM1
@@ -129,25 +131,33 @@ class EnvironmentBatch:
         return [place for place, episode in enumerate(self.episodes) if not episode.done]
 
     def reset(self, tasks: Sequence[Any]) -> list[Content]:
-        """Begins one episode a task. Where a tool fails, that episode is over and its prompt empty.
+        """Begins one episode per task; one that cannot begin is over, and its prompt empty.
 
-        Any other error is raised: it is the task that is wrong.
+        Raises:
+            Exception: if no episode began, the first error that is not a `ToolError`: then it is
+                the tasks that are wrong, or the environment.
         """
         while len(self.environments) < len(tasks):
             self.environments.append(self.make())
         self.episodes = [Episode(task) for task in tasks]
+        errors: list[Exception] = []
 
         def begin(place: int) -> Content:
             try:
-                return self.environments[place].reset(tasks[place])
-            except ToolError as error:
-                self._fail(place, error)
+                return _content("reset", self.environments[place].reset(tasks[place]), self.tags)
+            except Exception as error:
+                errors.append(error)
+                self.fail(place, error)
                 return ""
 
-        return self._map(begin, range(len(tasks)))
+        prompts = self._map(begin, range(len(tasks)))
+        wrong = [error for error in errors if not isinstance(error, ToolError)]
+        if wrong and len(errors) == len(tasks):
+            raise wrong[0]
+        return prompts
 
     def step(self, turns: Sequence[ParsedTurn | None]) -> list[Step | None]:
-        """One turn for each episode: None where it is over, and None comes back there.
+        """One turn per episode: None where it is over, and None comes back there.
 
         Raises:
             ValueError: as many turns as episodes are expected, and a turn for exactly the active.
@@ -166,7 +176,8 @@ class EnvironmentBatch:
             try:
                 step = _checked(self.environments[place].step(turn), self.tags)
             except Exception as error:  # whatever a tool raises ends its own episode only
-                return self._fail(place, error)
+                self.fail(place, error)
+                return Step("", 0.0, True)
             episode.reward += step.reward
             episode.done = step.done
             episode.scores.update(step.scores)
@@ -180,12 +191,12 @@ class EnvironmentBatch:
         self.episodes[place].done = True
         self.episodes[place].error = error
 
-    def _fail(self, place: int, error: Exception) -> Step:
-        message = f"{type(error).__name__}: {error}"
-        logger.warning("episode %d ends: %s", place, message, exc_info=error)
+    def fail(self, place: int, error: Exception) -> None:
+        """Ends the episode at `place` with what its environment, a tool or the engine raised."""
+        message = valid_text(f"{type(error).__name__}: {error}")
+        logger.warning("episode %d ends: %s", place, printable(message), exc_info=error)
         self.stop(place, message)
         self.episodes[place].failed = True
-        return Step("", 0.0, True)
 
     def _map(self, function: Callable[[int], Any], places: Iterable[int]) -> list[Any]:
         if self.workers == 1:
@@ -194,18 +205,32 @@ class EnvironmentBatch:
             return list(pool.map(function, places))
 
 
+def _content(name: str, content: Content, tags: Tags) -> Content:
+    """A prompt or an observation, in valid Unicode if it is text.
+
+    Raises:
+        TypeError: ids where the tags are text, the reverse, or neither.
+    """
+    speaks_ids = isinstance(tags.stops[0], int)
+    ids = isinstance(content, list) and all(type(i) is int for i in content)
+    if not (isinstance(content, str) or ids) or (content and ids != speaks_ids):
+        wanted = "list[int]" if speaks_ids else "str"
+        raise TypeError(f"{name}: expected {wanted}, got {type(content).__name__}")
+    return valid_text(content) if isinstance(content, str) else content
+
+
 def _checked(answer: Step | tuple, tags: Tags) -> Step:
-    """The answer as a step, its reward as a float; what is none raises."""
+    """The answer as a step, its reward as a float.
+
+    Raises:
+        TypeError, ValueError: an answer that is not a step.
+    """
     if not isinstance(answer, Step) and len(answer) != 3:
         raise TypeError(f"step: expected a Step or 3 values, got {len(answer)}")
     step = Step(*answer)
-    speaks_ids = isinstance(tags.stops[0], int)
-    observation, done, scores = step.observation, step.done, step.scores
+    done, scores = step.done, step.scores
     reward: Any = step.reward
-    ids = isinstance(observation, list) and all(isinstance(i, int) for i in observation)
-    if not (isinstance(observation, str) or ids) or (observation and ids != speaks_ids):
-        wanted = "list[int]" if speaks_ids else "str"
-        raise TypeError(f"observation: expected {wanted}, got {type(observation).__name__}")
+    observation = _content("observation", step.observation, tags)
     if done not in (True, False):
         raise TypeError(f"done: expected True or False, got {done!r}")
     if not isinstance(scores, Mapping):
@@ -226,46 +251,54 @@ def observation_ids(
     observation: Content,
     tags: Tags,
     *,
-    encode: Callable[[str], list[int]] | None = None,
+    codec: TextCodec | None = None,
     max_tokens: int | None = None,
     turns_left: int | None = None,
 ) -> list[int]:
     """The token ids of an observation in its tags, no more than `max_tokens` of them.
 
-    What is too long loses its end; the tags and the hint are always whole. Of a text no more than
-    64 characters an allowed token are looked at, so an enormous page costs no more than a long one.
+    What is too long loses its end, at a whole character; the tags and the hint are always whole. Of
+    a text no more than 64 characters per allowed token are looked at, so an enormous page costs no
+    more than a long one. Where the chat template leaves a tag open for the policy to go on in, the
+    observation ends with that tag too, so every turn begins alike.
 
     Args:
-        encode: text -> ids, without adding special tokens and reading none in the text (for a
-            Hugging Face tokenizer: `add_special_tokens=False, split_special_tokens=True`). Not
-            needed for an observation of ids.
-        max_tokens: the cap, tags and hint included; None for no cap.
+        codec: turns text into ids. Not needed for an observation of ids.
+        max_tokens: the most ids, tags and hint included; None for no limit.
         turns_left: for the hint; None for no hint.
 
     Raises:
         ValueError: the tags and the hint alone are longer than `max_tokens`.
-        TypeError: a text without `encode`.
+        TypeError: a text without `codec`.
 
-    >>> from mem1_kernels.agent.tags import TagSet
-    >>> letters = lambda text: [ord(letter) for letter in text]
-    >>> ids = observation_ids("x" * 99, TagSet(info="i"), encode=letters, max_tokens=14)
-    >>> "".join(map(chr, ids))
-    '\\n\\n<i>xxx</i>\\n\\n'
+    >>> from mem1_kernels.agent.tags import TokenTags
+    >>> tags = TokenTags(state=(1, 2), actions={"search": (3, 4)}, info=(7, 8))
+    >>> observation_ids([30, 31, 32], tags, max_tokens=4)
+    [7, 30, 31, 8]
     """
+    if isinstance(observation, str) and max_tokens is not None:
+        observation = observation.strip()[: max_tokens * CHARACTERS_PER_TOKEN]
     head, body, tail = tags.wrap(observation, turns_left)
-
-    def ids(content: Content) -> list[int]:
-        if not isinstance(content, str):
-            return content
-        if encode is None:
-            raise TypeError("encode: expected a function from text to ids, got None")
-        return list(encode(content)) if content else []
-
-    before, after = ids(head), ids(tail)
-    if max_tokens is None:
-        return [*before, *ids(body), *after]
-    room = max_tokens - len(before) - len(after)
-    if room < 0:
+    if isinstance(head, str) and codec is None:
+        raise TypeError("codec: expected a TextCodec for an observation of text, got None")
+    before, after = (_trusted(part, codec) for part in (head, tail))
+    if codec is not None and isinstance(tail, str):
+        after += codec.encode_trusted(codec.opened)
+    room = None if max_tokens is None else max_tokens - len(before) - len(after)
+    if room is not None and room < 0:
         needed = len(before) + len(after)
         raise ValueError(f"max_tokens: expected at least {needed} for the tags, got {max_tokens}")
-    return [*before, *ids(body[: room * CHARACTERS_PER_TOKEN])[:room], *after]
+    if not isinstance(body, str):
+        return [*before, *body[:room], *after]
+    assert codec is not None
+    inside = codec.encode(body)
+    if room is not None and len(inside) > room:
+        inside = codec.whole_characters(inside[:room], body)
+    return [*before, *inside, *after]
+
+
+def _trusted(content: Content, codec: TextCodec | None) -> list[int]:
+    if not isinstance(content, str):
+        return content
+    assert codec is not None
+    return codec.encode_trusted(content)

@@ -2,8 +2,9 @@
 
 For 2, 4, 8, 16 objectives: EM, F1, peak tokens, dependency, compression and seconds, of the pruned
 cache, of the full context and of re-prefill, as a table, JSON and a plot. By default the questions
-and the corpus are the World Factbook's; `--data` and `--corpus` bring others, and `--task chain`
-measures a model of the small token tasks, whose objectives are hops.
+and the corpus are the World Factbook's; `--data` and `--corpus` bring others. `--task chain`
+measures a model of the small token tasks, whose objectives are hops; `--task webshop` buys in a
+procedural shop, or on a WebShop server (`--corpus http://host:3000`).
 
 EM and F1 are sums over the objectives and everything is a mean over episodes, as published. Tokens
 are the model's own; peak tokens leave the prompt out, as published, and `cache` is what was held
@@ -18,7 +19,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ import torch
 import transformers
 
 from mem1_kernels.agent.agent import MemoryEfficientAgent, Result, resolve_model
-from mem1_kernels.agent.engine import HFEngine
 from mem1_kernels.agent.metrics import compression, dependency, exact_match, f1, peak_tokens
-from mem1_kernels.agent.qa import QATask, RetrievalQA, compose, load_questions
-from mem1_kernels.agent.retrieval import BM25, RetrievalServer
-from mem1_kernels.agent.tasks import ChainTask, LookupTask, TableEnvironment
-from mem1_kernels.trajectory import Retention, keep_all, mem1
+from mem1_kernels.agent.qa import QATask
+from mem1_kernels.agent.tasks import TableTask
+from mem1_kernels.agent.world import TASKS, World, make_world
+from mem1_kernels.retention import Retention, keep_all, mem1
+from mem1_kernels.rollout import HFEngine
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Measures:
 
     Args:
         mode: a key of `MODES`; objectives, episodes: how many.
-        em, f1: summed over an episode's objectives; None where nothing is scored so.
+        em, f1: summed over an episode's objectives; None where the task has no such score.
+        reward: of the environment: the share of objectives that match, or what WebShop pays.
         peak_tokens, dependency, compression: as published; None where no episode counts.
         peak_context: the most tokens held at once, the prompt included.
         turns: how many.
@@ -70,6 +72,7 @@ class Measures:
     episodes: int
     em: float | None
     f1: float | None
+    reward: float
     peak_tokens: float | None
     dependency: float | None
     compression: float | None
@@ -103,11 +106,12 @@ def measure(
         raise ValueError("results: expected at least one, got none")
     full = MODES[mode].retention is keep_all
     turns = [[turn.tokens for turn in result.turns] for result in results]
-    scores = [_scores(result, released) for result in results]
+    has_em = any(isinstance(r.task, TableTask) or "em" in r.scores for r in results)
+    scores = [_scores(result, released, has_em) for result in results]
     counted = [
         tokens
-        for tokens, (em, _) in zip(turns, scores, strict=True)
-        if tokens and not (released and not em)
+        for result, tokens, (em, _) in zip(results, turns, scores, strict=True)
+        if tokens and not (released and not (result.reward if em is None else em))
     ]
     played = [tokens for tokens in turns if tokens]
     options = {"full_context": full, "released": released}
@@ -117,6 +121,7 @@ def measure(
         episodes=len(results),
         em=_mean([em for em, _ in scores]),
         f1=_mean([word for _, word in scores]),
+        reward=statistics.fmean(result.reward for result in results),
         peak_tokens=_mean([peak_tokens(tokens, **options) for tokens in counted]),
         dependency=_mean([dependency(tokens, **options) for tokens in played]),
         compression=_mean([compression(tokens, **options) for tokens in played]),
@@ -127,7 +132,7 @@ def measure(
     )
 
 
-def _scores(result: Result, released: bool) -> tuple[float | None, float | None]:
+def _scores(result: Result, released: bool, has_em: bool) -> tuple[float | None, float | None]:
     """EM and F1, summed over the objectives; an episode that never answered has 0."""
     task = result.task
     if isinstance(task, QATask):
@@ -136,7 +141,7 @@ def _scores(result: Result, released: bool) -> tuple[float | None, float | None]
         pairs = list(zip(result.answers, task.golden_answers, strict=True))
         em = sum(exact_match(said, gold, released=released) for said, gold in pairs)
         return em, sum(f1(said, gold, released=released) for said, gold in pairs)
-    return float(sum(result.scores.get("em", [0.0]))), None
+    return (float(sum(result.scores.get("em", [0.0]))) if has_em else None), None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -182,26 +187,29 @@ def evaluate(
         agent.run(tasks[objectives[0]][:1], max_turns=1)  # what is done once is not timed
         for count in objectives:
             results: list[Result] = []
-            seed = agent.seed
+            generation = agent.generation
             started = time.perf_counter()
             for at in range(0, len(tasks[count]), batch):
-                agent.seed = None if seed is None else seed + at  # no two batches draw alike
+                if generation.seed is not None:  # no two batches draw alike
+                    agent.generation = replace(generation, seed=generation.seed + at)
                 results += agent.run(
                     tasks[count][at : at + batch], max_turns=max(max_turns, count + 1)
                 )
             seconds = (time.perf_counter() - started) / len(results)
-            agent.seed = seed
+            agent.generation = generation
             line = measure(results, mode=mode, objectives=count, seconds=seconds, released=released)
             lines.append(line)
             report(line)
     return lines
 
 
+OBJECTIVES = {"chain": [2, 4, 8, 16, 32], "lookup": [2, 4, 8], "webshop": [1]}
 COLUMNS = (
     ("objectives", "obj", 3, "{}"),
     ("mode", "mode", 11, "{}"),
     ("em", "EM", 6, "{:.3f}"),
     ("f1", "F1", 6, "{:.3f}"),
+    ("reward", "reward", 6, "{:.3f}"),
     ("peak_tokens", "peak", 6, "{:.0f}"),
     ("dependency", "depend.", 8, "{:.2e}"),
     ("compression", "compr.", 6, "{:.3f}"),
@@ -215,10 +223,10 @@ COLUMNS = (
 def table(lines: Sequence[Measures]) -> str:
     """The lines as a table, by objectives and then as the modes came.
 
-    >>> line = Measures("pruned", 2, 8, 0.7, None, 640.0, 52000.0, 0.33, 920.0, 5.5, 1.25, 0)
+    >>> line = Measures("pruned", 2, 8, 0.7, None, 0.35, 640.0, 52000.0, 0.33, 920.0, 5.5, 1.25, 0)
     >>> print(table([line]))
-    obj mode            EM     F1   peak  depend. compr.  cache turns seconds errors
-      2 pruned       0.700      -    640 5.20e+04  0.330    920   5.5    1.25      0
+    obj mode            EM     F1 reward   peak  depend. compr.  cache turns seconds errors
+      2 pruned       0.700      -  0.350    640 5.20e+04  0.330    920   5.5    1.25      0
     """
 
     def cell(value: Any, heading: str, width: int, form: str) -> str:
@@ -233,14 +241,15 @@ def table(lines: Sequence[Measures]) -> str:
 
 
 def plot(lines: Sequence[Measures], path: str | Path) -> None:
-    """Draws EM, peak tokens, dependency and seconds over the objectives, a curve a mode."""
+    """Draws EM (or the reward), peak tokens, dependency and seconds, one curve per mode."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
+    scored = any(line.em is not None for line in lines)
     panels = {
-        "em": "EM, summed over objectives",
+        **({"em": "EM, summed over objectives"} if scored else {"reward": "reward"}),
         "peak_tokens": "peak tokens, without the prompt",
         "dependency": "dependency",
         "seconds": "seconds an episode",
@@ -277,15 +286,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, help=text + shown, **options)
 
     add("model", "a Hugging Face id, a path, mem1-7b, or the name that the server serves")
-    add("--task", "what is played", choices=("qa", "chain", "lookup"), default="qa")
-    add("--data", "questions: .jsonl, .parquet, or factbook", default="factbook")
-    add("--hops", "look-ups a factbook question takes, 1 to 4", type=int, default=1)
-    add("--corpus", ".jsonl, a retrieval server's address, or factbook", default="factbook")
-    add("--topk", "passages a search", type=int, default=3)
-    add("--objectives", "default: 2 4 8 16; chain: 2 4 8 16 32", type=int, nargs="+")
+    add("--task", "what is played", choices=TASKS, default="qa")
+    add("--data", "qa: .jsonl, .parquet or factbook (default); webshop server: goals, as 0:500")
+    add("--hops", "look-ups that a factbook question takes, 1 to 4", type=int, default=1)
+    add(
+        "--corpus",
+        "qa: .jsonl, a retrieval server's address or factbook (default); webshop: a server's "
+        "address (default: the procedural shop)",
+    )
+    add("--topk", "passages per search", type=int, default=3)
+    add(
+        "--objectives",
+        "default: 2 4 8 16; chain: 2 4 8 16 32; lookup: 2 4 8; webshop: 1",
+        type=int,
+        nargs="+",
+    )
     add("--modes", "which lines; default: all that --server allows", nargs="+", choices=list(MODES))
     add("--server", "address of an OpenAI-compatible server, such as http://host:8000/v1")
-    add("--episodes", "episodes a line", type=int, default=16)
+    add("--episodes", "episodes per line", type=int, default=16)
     add("--batch", "episodes side by side", type=int, default=8)
     add("--workers", "environments that act at once, for slow tools", type=int, default=1)
     add("--max-turns", "turns an episode may take", type=int, default=20)
@@ -295,39 +313,43 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", "of the choice of tasks and of sampling", type=int, default=0)
     add("--released", "count and score as the released script does", action="store_true")
     add("--out", "folder for the JSON and the plot", type=Path, default=Path("evaluation"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.task == "qa":
+        options.data = options.data or "factbook"
+        options.corpus = options.corpus or "factbook"
+    elif options.task == "webshop" and options.corpus:
+        options.data = options.data or "0:500"  # the goals of the published test split
+    options.data = options.data or ""
+    options.corpus = options.corpus or ""
+    return options
 
 
-def _tasks(options: argparse.Namespace) -> tuple[Any, Callable[[int], Sequence[Any]]]:
-    """The environment and the tasks that the options say."""
-    if options.task != "qa":
-        kind = ChainTask if options.task == "chain" else LookupTask
+def _world(options: argparse.Namespace) -> World:
+    """The world that the options name."""
+    return make_world(
+        options.task,
+        sizes=(),
+        data=options.data,
+        corpus=options.corpus,
+        topk=options.topk,
+        hops=(options.hops,),
+        seed=options.seed,
+    )
 
-        def sample(count: int) -> list[Any]:
+
+def _drawer(world: World, options: argparse.Namespace) -> Callable[[int], Sequence[Any]]:
+    """The tasks of a number of objectives: the first of the world's list, or drawn."""
+
+    def draw(count: int) -> Sequence[Any]:
+        try:
+            if world.eval_tasks is not None:
+                return world.eval_tasks(count)[: options.episodes]
             rng = random.Random(f"{options.seed}/{count}")
-            return [kind.sample(count, rng) for _ in range(options.episodes)]
+            return [world.draw(count, rng) for _ in range(options.episodes)]
+        except ValueError as error:
+            raise ValueError(f"--objectives: {error}") from None
 
-        return TableEnvironment, sample
-    book = None
-    if "factbook" in (options.data, options.corpus):
-        from mem1_kernels.agent.factbook import Factbook
-
-        book = Factbook()
-    retriever: Any
-    if book and options.data == "factbook":
-        questions = book.questions(options.hops)
-    else:
-        questions = load_questions(options.data)
-    if book and options.corpus == "factbook":
-        retriever = BM25(book.passages)
-    elif options.corpus.startswith(("http://", "https://")):
-        retriever = RetrievalServer(options.corpus)
-    else:
-        retriever = BM25.from_jsonl(options.corpus)
-    environment = RetrievalQA(retriever, topk=options.topk)
-    return environment, lambda count: compose(questions, count, seed=options.seed)[
-        : options.episodes
-    ]
+    return draw
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Measures]:
@@ -340,12 +362,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Measures]:
     )
     if any(MODES[mode].engine == "server" for mode in modes) and not options.server:
         raise SystemExit("--modes: server and server-full need --server")
-    hops = options.task == "chain"
-    limit = 9 if options.task == "lookup" else None
-    objectives = options.objectives or [2, 4, 8, *([] if limit else [16]), *([32] if hops else [])]
-    environment, draw = _tasks(options)
+    world = _world(options)
+    objectives = options.objectives or OBJECTIVES.get(options.task, [2, 4, 8, 16])
     settings: dict[str, Any] = {
-        "environment": environment,
+        "environment": world.make,
         "max_new_tokens": options.max_new_tokens,
         "max_info_tokens": options.max_info_tokens,
         "temperature": options.temperature,
@@ -371,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Measures]:
     print(f"{resolve_model(options.model)}, {options.task}, {options.episodes} episodes a line")
     lines = evaluate(
         make_agent,
-        draw,
+        _drawer(world, options),
         modes=modes,
         objectives=objectives,
         batch=options.batch,

@@ -133,6 +133,41 @@ class BM25:
         return self._tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
 
 
+def is_address(text: str | Path) -> bool:
+    """Whether a text is an http(s) address.
+
+    >>> is_address("http://127.0.0.1:8013/retrieve"), is_address("corpus.jsonl")
+    (True, False)
+    """
+    return str(text).startswith(("http://", "https://"))
+
+
+def open_retriever(corpus: str | Path, *, option: str = "corpus") -> Retriever:
+    """The retriever that a text names.
+
+    Args:
+        corpus: a path that ends in `.jsonl` (BM25 over that corpus), the http(s) address of a
+            retrieval server, or "factbook" (BM25 over the World Factbook, `mem1-kernels[data]`).
+        option: what the caller calls `corpus`, for the error message.
+
+    Raises:
+        ValueError: none of the three, or a corpus that cannot be read.
+        ImportError: a package that is not installed.
+    """
+    if is_address(corpus):
+        return RetrievalServer(str(corpus))
+    if str(corpus) == "factbook":
+        from mem1_kernels.agent.factbook import Factbook
+
+        return BM25(Factbook().passages)
+    if Path(corpus).suffix == ".jsonl":
+        return BM25.from_jsonl(corpus)
+    raise ValueError(
+        f"{option}: expected a .jsonl corpus, the address of a retrieval server or 'factbook', "
+        f"got {str(corpus)!r}"
+    )
+
+
 class RetrievalServer:
     """A server that speaks the protocol of Search-R1 and MEM1.
 

@@ -53,8 +53,8 @@ class Tags(Protocol):
     def stops(self) -> tuple[str, ...] | tuple[int, ...]:
         """The closing tags at which generation of a turn stops."""
 
-    def parse(self, output: Content) -> ParsedTurn:
-        """Reads one generated turn."""
+    def parse(self, output: Content, opened: str = "") -> ParsedTurn:
+        """Reads one generated turn; `opened` is a tag that stood open before it."""
 
     def state_length(self, ids: Sequence[int], decode: Callable[[list[int]], str] | None) -> int:
         """How many of a generated turn's ids belong to the state; the rest are the action."""
@@ -145,21 +145,38 @@ class TagSet:
     @cached_property
     def _forged(self) -> re.Pattern[str]:
         names = "|".join(map(re.escape, self._names))
-        return re.compile(rf"<(?=\s*/?\s*(?:{names})\b)|<(?=\|)|\[(?=/?HINT\])", re.IGNORECASE)
+        # a blank can match in one way only, so the time is linear in the blanks
+        tag = rf"<(?=\s*(?:/\s*)?(?:{names})\b)"
+        return re.compile(rf"{tag}|<(?=\|)|\[(?=/?HINT\])", re.IGNORECASE)
+
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """Every opening and closing tag."""
+        return tuple(f"<{slash}{name}>" for name in self._names for slash in ("", "/"))
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The closing tags of the actions."""
         return tuple(f"</{tag}>" for tag in self.actions.values())
 
-    def parse(self, output: Content) -> ParsedTurn:
+    def parse(self, output: Content, opened: str = "") -> ParsedTurn:
         """Reads the text of one generated turn, special tokens taken out.
 
         Every tag must stand exactly once and in order; an observation that the policy writes for
         itself, a second action, or text behind the action makes the turn malformed.
+
+        Args:
+            output: what the policy wrote.
+            opened: a tag that stood open before it, such as "<think>". It counts as written, unless
+                the policy writes it again.
+
+        >>> MEM1.parse("fact\\n</think>\\n<search>q</search>", opened="<think>").state
+        'fact'
         """
         if not isinstance(output, str):
             raise TypeError(f"output: expected the text of a turn, got {type(output).__name__}")
+        if opened and not output.lstrip().startswith(opened.strip()):
+            output = opened + output
         marks = [_Mark(m.group(), m.start(), m.end()) for m in self._mark.finditer(output)]
         begins = self._names[: 2 if self.reasoning else 1]
         opening = [f"<{slash}{name}>" for name in begins for slash in ("", "/")]
@@ -257,8 +274,8 @@ class TokenTags:
         """The closing ids of the actions."""
         return tuple(close for _, close in self.actions.values())
 
-    def parse(self, output: Content) -> ParsedTurn:
-        """Reads the ids of one generated turn."""
+    def parse(self, output: Content, opened: str = "") -> ParsedTurn:
+        """Reads the ids of one generated turn; no tag stands open before it."""
         if isinstance(output, str):
             raise TypeError("output: expected token ids, got text")
         ids = list(output)

@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from mem1_kernels.agent.environment import Step, observation_ids
 from mem1_kernels.agent.tags import ParsedTurn, TokenTags
-from mem1_kernels.trajectory import Segment
+from mem1_kernels.retention import Segment
 
 SHELVES = 3
 PLACES = 3

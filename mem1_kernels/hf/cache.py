@@ -80,7 +80,7 @@ class TrajectoryCache(Cache):
     read), or, after `expect(counts)`, all but each row's first `counts[b]`. `generate()` goes on
     from a pruned cache if it is given the new tokens only, a mask as above and position_ids; it
     feeds padding to rows that stopped early, so drop that before the next turn:
-    `cache.prune_(keep=cache.positions < end[:, None])`.
+    `cache.prune_(keep=cache.position_ids < end[:, None])`.
 
     Args:
         model: the transformers model that will use it, or a module that wraps it.
@@ -90,7 +90,7 @@ class TrajectoryCache(Cache):
 
     Attributes:
         lengths: int32 `[batch]`, tokens that each row holds.
-        positions: int32 `[batch, capacity]`, of each slot's token.
+        position_ids: int32 `[batch, capacity]`, of each slot's token.
         expiry: int32 `[batch, capacity]`, write to it what you like: `prune_(now)` drops the slots
             with `expiry <= now`. A new slot never expires unless `expect` says otherwise.
 
@@ -109,10 +109,10 @@ class TrajectoryCache(Cache):
     >>> with torch.no_grad(), patched(model):
     ...     cache.expect([4, 2])
     ...     _ = model(torch.ones(2, 4, dtype=torch.int64), past_key_values=cache)
-    ...     cache.prune_(keep=cache.positions != 1)
+    ...     cache.prune_(keep=cache.position_ids != 1)
     ...     _ = model(torch.ones(2, 1, dtype=torch.int64), past_key_values=cache)
-    >>> cache.lengths.tolist(), cache.positions[:, :4].tolist()[0], cache.peak_tokens
-    ([4, 2], [0, 3, 2, 4], 6)
+    >>> cache.lengths.tolist(), cache.position_ids[:, :4].tolist()[0], cache.peak_context
+    ([4, 2], [0, 3, 2, 4], 4)
     """
 
     def __init__(
@@ -144,10 +144,10 @@ class TrajectoryCache(Cache):
             self.keys: dict[int, Tensor] = {}
             self.values: dict[int, Tensor] = {}
             self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
-            self.positions = self.lengths.new_zeros(batch_size, capacity or FIRST_CAPACITY)
-            self.expiry = torch.full_like(self.positions, NEVER)
+            self.position_ids = self.lengths.new_zeros(batch_size, capacity or FIRST_CAPACITY)
+            self.expiry = torch.full_like(self.position_ids, NEVER)
             self._next_position = self.lengths.long()
-            self._peak = self.lengths.sum()
+            self._peak = self.lengths.amax()
         self._seen: int | None = 0
 
     def __len__(self) -> int:
@@ -161,7 +161,7 @@ class TrajectoryCache(Cache):
     @property
     def capacity(self) -> int:
         """Slots of a row."""
-        return self.positions.shape[1]
+        return self.position_ids.shape[1]
 
     @property
     def tokens(self) -> int:
@@ -169,14 +169,14 @@ class TrajectoryCache(Cache):
         return int(self.lengths.sum())
 
     @property
-    def peak_tokens(self) -> int:
-        """The most tokens it ever held at once, over all rows. Reads the device."""
+    def peak_context(self) -> int:
+        """The most tokens that any one row held at once. Reads the device."""
         return int(self._peak)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, for keys, values and what is kept of each slot."""
-        tensors = [*self.keys.values(), *self.values.values(), self.positions, self.expiry]
+        tensors = [*self.keys.values(), *self.values.values(), self.position_ids, self.expiry]
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def expect(
@@ -242,7 +242,7 @@ class TrajectoryCache(Cache):
                 )
             alive = keep.to(self.device)
         if rows is not None:
-            alive = torch.ones_like(self.positions, dtype=torch.bool).index_copy(0, index, alive)
+            alive = torch.ones_like(self.position_ids, dtype=torch.bool).index_copy(0, index, alive)
         self._step, self._seen = None, None
         if self.keys:
             prune_kv_(
@@ -250,7 +250,7 @@ class TrajectoryCache(Cache):
                 list(self.values.values()),
                 self.lengths,
                 alive,
-                slots=[self.positions, self.expiry],
+                slots=[self.position_ids, self.expiry],
                 ordered=self.ordered,
             )
 
@@ -351,7 +351,7 @@ class TrajectoryCache(Cache):
         coming = torch.arange(self.capacity, device=self.device) - self.lengths[:, None]
         fresh = (coming >= 0) & (coming < taken[:, None])
         coming = coming.clamp(0, tokens - 1).long()
-        self.positions.copy_(torch.where(fresh, positions.gather(1, coming), self.positions))
+        self.position_ids.copy_(torch.where(fresh, positions.gather(1, coming), self.position_ids))
         self.expiry.copy_(torch.where(fresh, expiry[:, None], self.expiry))
         last = positions.gather(1, (taken[:, None].long() - 1).clamp(min=0))[:, 0]
         next_position = torch.where(taken > 0, last + 1, self._next_position)
@@ -401,7 +401,7 @@ class TrajectoryCache(Cache):
             scale=scale,
             softcap=softcap,
             window=window,
-            positions=self.positions if window is not None else None,
+            positions=self.position_ids if window is not None else None,
         )
         step.attended.add(layer)
         out = cast(Tensor, out)
@@ -418,7 +418,7 @@ class TrajectoryCache(Cache):
         self._seen = self.get_seq_length() + step.tokens
         self.lengths.copy_(step.lengths)
         self._next_position.copy_(step.next_position)
-        self._peak.copy_(torch.maximum(self._peak, self.lengths.sum()))
+        self._peak.copy_(torch.maximum(self._peak, self.lengths.amax()))
         self._step = None
 
     def _taken(
@@ -467,7 +467,7 @@ class TrajectoryCache(Cache):
                     store[layer] = old.new_empty(*old.shape[:2], capacity, old.shape[3])
                     store[layer][:, :, : old.shape[2]] = old
             more = capacity - self.capacity
-            self.positions = nn.functional.pad(self.positions, (0, more))
+            self.position_ids = nn.functional.pad(self.position_ids, (0, more))
             self.expiry = nn.functional.pad(self.expiry, (0, more), value=NEVER)
 
     def _allocate(self, like: Tensor) -> Tensor:
@@ -480,7 +480,9 @@ class TrajectoryCache(Cache):
     def _check_positions(self, positions: Tensor, taken: Tensor) -> None:
         """`positions` `[batch, tokens]`, of which each row takes the first ones, must rise."""
         slot = torch.arange(self.capacity, device=self.device)
-        held = torch.where(slot < self.lengths[:, None], self.positions, -1).amax(1, keepdim=True)
+        held = torch.where(slot < self.lengths[:, None], self.position_ids, -1).amax(
+            1, keepdim=True
+        )
         before = torch.cat([held.long(), positions[:, :-1]], 1)
         column = torch.arange(positions.shape[1], device=self.device)
         rises = (positions > before) & (positions < NEVER) | (column >= taken[:, None])

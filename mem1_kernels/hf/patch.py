@@ -49,8 +49,8 @@ def patch(model: Model) -> Model:
     """Makes every attention layer of `model` run `trajectory_attention`.
 
     Afterwards the model takes one keyword more: `model(input_ids, position_ids=…, plan=…)` with
-    `BlockPlan.from_expiry(layout.expiry, layout.floor)` and the layout's `position_ids`, each of
-    one row or of one row a batch row. A 2D `attention_mask` beside a plan hides padding from it.
+    `BlockPlan.of(layout)` and the layout's `position_ids`, each of one row for the whole batch or
+    of one row per batch row. A 2D `attention_mask` beside a plan hides padding from it.
     Sliding-window layers apply their window to positions. Without a plan the model is causal as
     before. PEFT, checkpointing, autocast, DDP and torch.compile (after patching) go on working. A
     `TrajectoryCache` serves as past_key_values, of the forward pass and of `generate()`.

@@ -12,12 +12,10 @@ order of time, but need not be contiguous.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from mem1_kernels.ppo.losses import kl_estimate
+from mem1_kernels.ppo.losses import KLKind, kl_estimate
 from mem1_kernels.ppo.masked import check_like_mask, check_scores, live, whiten, wide
 
 __all__ = [
@@ -237,7 +235,7 @@ def kl_penalised_rewards(
     mask: Tensor,
     *,
     coef: float,
-    kind: Literal["k1", "k2", "k3"] = "k1",
+    kind: KLKind = "k1",
 ) -> Tensor:
     """Rewards minus a KL penalty at every generated token.
 

@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import math
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-from mem1_kernels.trajectory import Retention, keep_all, keep_last, mem1
+from mem1_kernels.ppo.losses import KLKind
+from mem1_kernels.retention import Retention, fold, keep_all, keep_last, mem1
+from mem1_kernels.trajectory import Positions
 
 # Largest and mean |log-prob of the rollout - log-prob of the trainer| that pass as rounding.
 TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 0.05)}
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+class Bound(NamedTuple):
+    """What values an option may have: in words, and as a test."""
+
+    text: str
+    holds: Callable[[Any], bool]
 
 
-_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "tuple[int, ...]": tuple}
+def at_least(low: float) -> Bound:
+    return Bound(f"at least {low}", lambda value: value >= low)
+
+
+ANY = Bound("any value", lambda value: True)
+POSITIVE = Bound("a positive number", lambda value: value > 0)
+SHARE = Bound("a number in [0, 1]", lambda value: 0 <= value <= 1)
+BETWEEN = Bound("a number between 0 and 1", lambda value: 0 < value < 1)
+ZERO_OR_ABOVE_ONE = Bound("0 or a number above 1", lambda value: value == 0 or value > 1)
+SIZES = Bound("whole numbers >= 1", lambda value: bool(value) and min(value) >= 1)
+
+
+def _option(default: Any, text: str, bound: Bound = ANY) -> Any:
+    return field(default=default, metadata={"help": text, "bound": bound})
 
 
 @dataclass(frozen=True)
@@ -33,7 +53,7 @@ class Config:
     """Every option of a run; `python -m mem1_kernels.ppo --help` prints them.
 
     Raises:
-        ValueError: an option out of its range, or two that do not go together.
+        ValueError: an option of another type or out of its range, or two that do not go together.
     """
 
     # run
@@ -41,107 +61,107 @@ class Config:
         "out/ppo", "folder for the config, metrics.jsonl, curve.png, checkpoints, policy"
     )
     seed: int = _option(0, "of everything: weights, tasks, sampling, order")
-    steps: int = _option(10, "PPO steps; each plays `episodes` episodes")
-    save_every: int = _option(0, "steps between checkpoints, one after the warm start; 0: none")
-    keep_checkpoints: int = _option(2, "how many of the newest checkpoints stay")
+    steps: int = _option(10, "PPO steps; each plays `episodes` episodes", at_least(0))
+    save_every: int = _option(
+        0, "steps between checkpoints, one after the warm start; 0: none", at_least(0)
+    )
+    keep_checkpoints: int = _option(2, "how many of the newest checkpoints stay", at_least(1))
     resume: bool = _option(False, "go on from the newest checkpoint in `out`, if there is one")
     trackers: str = _option("tensorboard", "trackers of accelerate, such as tensorboard,wandb")
     save_transcripts: bool = _option(False, "write each step's episodes into `out`/transcripts")
     # model
     model: str = _option("tiny", "Hugging Face id or path, or tiny: 2 layers, 64 wide, for ids")
-    dtype: str = _option("float32", "of the loaded weights: float32 or bfloat16")
+    dtype: Literal["float32", "bfloat16"] = _option("float32", "of the loaded weights")
     bf16: bool = _option(False, "compute in bfloat16 over the weights (autocast)")
-    lora_rank: int = _option(0, "train LoRA adapters of this rank on all linear layers; 0: all")
+    lora_rank: int = _option(
+        0, "train LoRA adapters of this rank on all linear layers; 0: all weights", at_least(0)
+    )
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass")
     # task
-    task: str = _option("chain", "chain or lookup (token ids), factbook or qa (text)")
-    sizes: tuple[int, ...] = _option((2, 3, 4), "hops, keys or objectives; episodes draw evenly")
+    task: str = _option("chain", "chain or lookup (token ids); factbook, qa or webshop (text)")
+    environment: str = _option(
+        "", "module:name of a World of yours, or of a function that makes one, in place of task"
+    )
+    sizes: tuple[int, ...] = _option(
+        (2, 3, 4), "hops, keys or objectives; episodes draw evenly", SIZES
+    )
     data: str = _option("", "qa: questions, .jsonl or .parquet")
     corpus: str = _option("", "qa: passages (.jsonl), or the http address of a retrieval server")
-    topk: int = _option(3, "passages a search")
-    max_info_tokens: int = _option(600, "an observation is cut to this many tokens")
-    workers: int = _option(1, "environments that act at once, for tools that wait for a network")
+    topk: int = _option(3, "passages per search", at_least(1))
+    max_info_tokens: int = _option(600, "an observation is cut to this many tokens", at_least(1))
+    workers: int = _option(
+        1, "environments that act at once, for tools that wait for a network", at_least(1)
+    )
     # rollout
-    positions: str = _option("kept", "kept: pruned cache; reprefill: the live text sent again")
-    retention: str = _option("mem1", "mem1, keep_all or keep_last(n)")
-    max_turns: int = _option(20, "turns after which an episode is over")
-    max_new_tokens: int = _option(16, "tokens after which a turn is cut")
-    temperature: float = _option(1.0, "of sampling, and so of the policy that is trained")
-    rollout_batch: int = _option(64, "episodes side by side on one process")
+    positions: Positions = _option("kept", "pruned cache, or the live text sent again")
+    retention: str = _option("mem1", "mem1, keep_all, keep_last(n), fold, or module:function")
+    max_turns: int = _option(20, "turns after which an episode is over", at_least(1))
+    max_new_tokens: int = _option(16, "tokens after which a turn is cut", at_least(1))
+    temperature: float = _option(1.0, "of sampling, and so of the policy that is trained", POSITIVE)
+    rollout_batch: int = _option(64, "episodes side by side on one process", at_least(1))
     # warm start
-    sft_steps: int = _option(0, "steps of supervised warm start; 0: none")
-    sft_batch: int = _option(64, "traces a step")
-    sft_lr: float = _option(3e-3, "learning rate, falling linearly to a tenth")
-    sft_keep: float = _option(1.0, "chance that the teacher remembers; below 1 it forgets")
-    sft_jump: int = _option(0, "largest random jump of the positions behind the prompt")
+    sft_steps: int = _option(0, "steps of supervised warm start; 0: none", at_least(0))
+    sft_batch: int = _option(64, "traces per step", at_least(1))
+    sft_lr: float = _option(3e-3, "learning rate, falling linearly to a tenth", POSITIVE)
+    sft_keep: float = _option(1.0, "chance that the teacher remembers; below 1 it forgets", SHARE)
+    sft_jump: int = _option(
+        0, "largest random jump of the positions behind the prompt", at_least(0)
+    )
     transcripts: str = _option("", "learn from this JSONL file (save_transcripts) and no teacher")
     # PPO
-    algorithm: str = _option("ppo", "ppo, grpo, rloo or reinforce++")
-    episodes: int = _option(256, "episodes a step, over all processes")
-    group_size: int = _option(1, "episodes of the same task; at least 2 for grpo and rloo")
-    epochs: int = _option(2, "passes over a step's episodes")
-    minibatch: int = _option(128, "episodes an optimizer step")
-    token_budget: int = _option(4096, "tokens a packed row; a longer trajectory has its own")
-    lr: float = _option(3e-4, "learning rate of the policy (AdamW, no weight decay)")
-    warmup: int = _option(0, "steps over which the learning rates rise")
-    max_grad_norm: float = _option(1.0, "clip of the policy's and of the critic's gradient norm")
-    clip: float = _option(0.2, "of the probability ratio")
-    dual_clip: float = _option(0.0, "bound on the loss at negative advantages, above 1; 0: none")
-    entropy_coef: float = _option(0.0, "weight of the entropy bonus")
-    kl_coef: float = _option(0.01, "weight of the KL to the policy after the warm start")
-    kl_in: str = _option("loss", "loss, or reward: a penalty at every token")
-    kl_kind: str = _option("k3", "estimator: k1, k2 or k3")
-    gamma: float = _option(1.0, "discount a generated token")
-    lam: float = _option(1.0, "of GAE")
-    critic: str = _option("detached", "head, detached (head that leaves the policy alone) or model")
-    critic_lr: float = _option(1.5e-3, "learning rate of the critic")
-    value_clip: float = _option(0.5, "clip of the value's change; 0: none")
-    importance_cap: float = _option(0.0, "truncated importance weights, trainer over engine; 0: no")
+    algorithm: Literal["ppo", "grpo", "rloo", "reinforce++"] = _option("ppo", "of the advantages")
+    episodes: int = _option(256, "episodes per step, over all processes", at_least(1))
+    group_size: int = _option(
+        1, "episodes of the same task; at least 2 for grpo and rloo", at_least(1)
+    )
+    epochs: int = _option(2, "passes over a step's episodes", at_least(1))
+    minibatch: int = _option(128, "episodes per optimizer step", at_least(1))
+    token_budget: int = _option(
+        4096, "tokens per packed row; a longer trajectory has its own", at_least(1)
+    )
+    lr: float = _option(3e-4, "learning rate of the policy (AdamW, no weight decay)", POSITIVE)
+    warmup: int = _option(0, "steps over which the learning rates rise", at_least(0))
+    max_grad_norm: float = _option(
+        1.0, "clip of the policy's and of the critic's gradient norm", POSITIVE
+    )
+    clip: float = _option(0.2, "of the probability ratio", BETWEEN)
+    dual_clip: float = _option(
+        0.0, "bound on the loss at negative advantages, above 1; 0: none", ZERO_OR_ABOVE_ONE
+    )
+    entropy_coef: float = _option(0.0, "weight of the entropy bonus", at_least(0))
+    kl_coef: float = _option(
+        0.01, "weight of the KL to the policy after the warm start", at_least(0)
+    )
+    kl_in: Literal["loss", "reward"] = _option("loss", "where the KL is; reward: at every token")
+    kl_kind: KLKind = _option("k3", "estimator of the KL")
+    gamma: float = _option(1.0, "discount per generated token", SHARE)
+    lam: float = _option(1.0, "of GAE", SHARE)
+    critic: Literal["head", "detached", "model"] = _option(
+        "detached", "detached: a head that leaves the policy alone"
+    )
+    critic_lr: float = _option(1.5e-3, "learning rate of the critic", POSITIVE)
+    value_clip: float = _option(0.5, "clip of the value's change; 0: none", at_least(0))
+    importance_cap: float = _option(
+        0.0, "truncated importance weights, trainer over engine; 0: none", at_least(0)
+    )
     log_prob_tolerance: float = _option(
-        0.0, "largest |rollout - trainer| log-prob that is no error; 0: by dtype; inf: any"
+        0.0,
+        "largest |rollout - trainer| log-prob that is no error; 0: by dtype; inf: any",
+        at_least(0),
     )
     # evaluation
-    eval_every: int = _option(0, "steps between evaluations, one before and one after; 0: none")
-    eval_sizes: tuple[int, ...] = _option((2, 4, 8, 16, 32), "sizes that are evaluated")
-    eval_episodes: int = _option(64, "episodes a size")
-    eval_temperature: float = _option(0.0, "of sampling in evaluations; 0: greedy")
+    eval_every: int = _option(
+        0, "steps between evaluations, one before and one after; 0: none", at_least(0)
+    )
+    eval_sizes: tuple[int, ...] = _option((2, 4, 8, 16, 32), "sizes that are evaluated", SIZES)
+    eval_episodes: int = _option(64, "episodes per size", at_least(1))
+    eval_temperature: float = _option(0.0, "of sampling in evaluations; 0: greedy", at_least(0))
     eval_data: str = _option("", "qa: questions for evaluation; `data` if empty")
 
     def __post_init__(self) -> None:
-        choices = {
-            "dtype": tuple(TOLERANCE),
-            "task": ("chain", "lookup", "factbook", "qa"),
-            "positions": ("kept", "reprefill"),
-            "algorithm": ("ppo", "grpo", "rloo", "reinforce++"),
-            "kl_in": ("loss", "reward"),
-            "kl_kind": ("k1", "k2", "k3"),
-            "critic": ("head", "detached", "model"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
-        counts = "episodes group_size epochs minibatch token_budget rollout_batch sft_batch topk"
-        counts += " max_turns max_new_tokens max_info_tokens workers keep_checkpoints eval_episodes"
-        or_none = "steps sft_steps sft_jump lora_rank warmup save_every eval_every kl_coef"
-        or_none += " entropy_coef value_clip importance_cap log_prob_tolerance eval_temperature"
-        least = dict.fromkeys(counts.split(), 1) | dict.fromkeys(or_none.split(), 0)
-        for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        for name in ("lr", "critic_lr", "sft_lr", "max_grad_norm", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("gamma", "lam", "sft_keep"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
-        if not 0 < self.clip < 1:
-            raise ValueError(f"clip: expected a number between 0 and 1, got {self.clip}")
-        if self.dual_clip and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip: expected 0 or a number above 1, got {self.dual_clip}")
-        for name in ("sizes", "eval_sizes"):
-            sizes = getattr(self, name)
-            if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
-                raise ValueError(f"{name}: expected whole numbers >= 1, got {sizes}")
+        for option in options():
+            value = _read(option, getattr(self, option.name))
+            object.__setattr__(self, option.name, value)
         if self.algorithm in ("grpo", "rloo") and self.group_size < 2:
             raise ValueError(
                 f"group_size: expected at least 2 for {self.algorithm}, got {self.group_size}"
@@ -168,16 +188,82 @@ class Config:
             )
         if self.transcripts and not self.sft_steps:
             raise ValueError("sft_steps: expected at least 1 to learn from transcripts, got 0")
-        if self.task == "qa" and not (self.data and self.corpus):
+        if self.task == "qa" and not self.environment and not (self.data and self.corpus):
             raise ValueError(
                 f"data, corpus: expected both for task 'qa', got {self.data!r} and {self.corpus!r}"
             )
-        if self.model == "tiny" and self.task not in ("chain", "lookup"):
+        speaks_ids = self.task in ("chain", "lookup") or self.environment
+        if self.model == "tiny" and not speaks_ids:
             raise ValueError(
                 f"model: expected one with a tokenizer for task {self.task!r}, "
                 "got 'tiny', which knows token ids only"
             )
         retention_of(self.retention)
+
+
+class Option(NamedTuple):
+    """An option of `Config`: its type is str, int, float, bool or tuple (of integers)."""
+
+    name: str
+    kind: type
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+    bound: Bound
+
+
+def options() -> list[Option]:
+    """Every option of `Config`."""
+    found = []
+    hints = get_type_hints(Config)
+    for item in fields(Config):
+        hint = hints[item.name]
+        choices = get_args(hint) if getattr(hint, "__origin__", None) is Literal else ()
+        kind = str if choices else getattr(hint, "__origin__", hint)
+        text, bound = item.metadata["help"], item.metadata["bound"]
+        found.append(Option(item.name, kind, choices, item.default, text, bound))
+    return found
+
+
+def _read(option: Option, value: Any) -> Any:
+    """The value of an option, as its type.
+
+    Raises:
+        ValueError: another type, another choice, or out of its range.
+    """
+    name, kind = option.name, option.kind
+    if kind is tuple and isinstance(value, (list, tuple)):
+        value = tuple(value)
+        fits = all(type(item) is int for item in value)
+    elif kind is float and type(value) is int:
+        value, fits = float(value), True
+    else:
+        fits = type(value) is kind
+    if option.choices:
+        if value not in option.choices:
+            raise ValueError(f"{name}: expected one of {option.choices}, got {value!r}")
+    elif not fits:
+        expected = option.bound.text if kind is tuple else kind.__name__
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    elif not option.bound.holds(value) or (kind is float and math.isnan(value)):
+        raise ValueError(f"{name}: expected {option.bound.text}, got {value}")
+    return value
+
+
+def load_object(option: str, name: str) -> Any:
+    """What `module:name` stands for; `option` is named in errors.
+
+    >>> load_object("retention", "mem1_kernels.retention:keep_all").__name__
+    'keep_all'
+    """
+    module, _, path = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option}: {name!r} cannot be imported ({error})") from error
+    return found
 
 
 def retention_of(name: str) -> Retention:
@@ -186,12 +272,17 @@ def retention_of(name: str) -> Retention:
     >>> retention_of("keep_last(2)").__name__
     'keep_last(2)'
     """
-    named = {"mem1": mem1, "keep_all": keep_all}
+    named = {"mem1": mem1, "keep_all": keep_all, "fold": fold}
     if name in named:
         return named[name]
+    if ":" in name:
+        return load_object("retention", name)
     number = re.fullmatch(r"keep_last\(([1-9]\d*)\)", name)
     if number is None:
-        raise ValueError(f"retention: expected 'mem1', 'keep_all' or 'keep_last(n)', got {name!r}")
+        raise ValueError(
+            "retention: expected 'mem1', 'keep_all', 'keep_last(n)', 'fold' or 'module:function', "
+            f"got {name!r}"
+        )
     return keep_last(int(number.group(1)))
 
 
@@ -199,24 +290,24 @@ def read_config(path: str | Path, **overrides: Any) -> Config:
     """A config from a TOML file of options, and options that replace some of them.
 
     Raises:
-        ValueError: an option that does not exist, or a value of another type; and as `Config`.
+        OSError: the file cannot be read.
+        ValueError: a file that is not TOML, an option that does not exist; and as `Config`.
 
     >>> read_config("configs/chain.toml", steps=3).steps
     3
     """
-    with open(path, "rb") as file:
-        values = tomllib.load(file) | overrides
-    kinds = {option.name: _TYPES[str(option.type)] for option in fields(Config)}
-    for name, value in values.items():
-        if name not in kinds:
+    try:
+        values = tomllib.loads(Path(path).read_text("utf-8-sig")) | overrides
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    known = {option.name for option in options()}
+    for name in values:
+        if name not in known:
             raise ValueError(f"{path}: no option is called {name!r}")
-        if kinds[name] is tuple and isinstance(value, (list, tuple)):
-            values[name] = tuple(value)
-        elif kinds[name] is float and type(value) is int:
-            values[name] = float(value)
-        elif type(value) is not kinds[name]:
-            raise ValueError(f"{name}: expected {kinds[name].__name__}, got {value!r}")
-    return Config(**values)
+    try:
+        return Config(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
@@ -229,21 +320,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file of the options below")
-    for option in fields(Config):
-        assert option.default is not MISSING
-        kind = _TYPES[str(option.type)]
-        shown = " ".join(map(str, option.default)) if kind is tuple else option.default
-        text = f"{option.metadata['help']} [{shown}]".replace("%", "%%")
+    for option in options():
+        default = option.default
+        shown = " ".join(map(str, default)) if option.kind is tuple else default
+        words = f"{', '.join(option.choices)}: " if option.choices else ""
+        text = f"{words}{option.help} [{shown}]".replace("%", "%%")
         flag = "--" + option.name.replace("_", "-")
-        if kind is bool:
+        if option.kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif kind is tuple:
+        elif option.kind is tuple:
             parser.add_argument(flag, type=int, nargs="+", metavar="N", help=text)
         else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+            metavar = option.kind.__name__.upper()
+            parser.add_argument(flag, type=option.kind, metavar=metavar, help=text)
     values = vars(parser.parse_args(arguments))
     path = values.pop("config", None)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     try:
         return Config(**values) if path is None else read_config(path, **values)
     except (ValueError, OSError) as error:

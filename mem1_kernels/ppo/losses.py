@@ -9,7 +9,7 @@ into them.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from mem1_kernels.ppo.masked import check_denominator, check_like_mask, live
 
 __all__ = ["kl_estimate", "policy_loss", "truncated_importance_weights", "value_loss"]
+
+KLKind: TypeAlias = Literal["k1", "k2", "k3"]
+"""The estimators of `kl_estimate`."""
 
 # exp(20) is 5e8: beyond it a ratio says only that something is broken, and its gradient would
 # overflow before the clip could discard it
@@ -143,7 +146,7 @@ def kl_estimate(
     ref_log_probs: Tensor,
     mask: Tensor,
     *,
-    kind: Literal["k1", "k2", "k3"] = "k3",
+    kind: KLKind = "k3",
 ) -> Tensor:
     """Per-token estimate of KL(pi || ref) from one sample of pi.
 

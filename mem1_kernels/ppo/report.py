@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from mem1_kernels.ppo.config import Config
 
 # Options that may change from a run to its continuation without a word.
 FREE = {"out", "resume", "steps", "save_every", "keep_checkpoints", "trackers", "save_transcripts"}
+
+
+class Stopwatch:
+    """Seconds by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self.device = device
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def plot(history: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -9,7 +9,7 @@ from urllib.parse import urljoin
 
 from mem1_kernels.agent._http import HTTP
 from mem1_kernels.agent.environment import ToolError
-from mem1_kernels.agent.webshop import View
+from mem1_kernels.agent.webshop.environment import View
 
 HIDDEN = {"style", "script", "head", "title"}
 EMPTY = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "wbr"}

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mem1_kernels.agent.catalogue import COLORS, Product, make_product
 from mem1_kernels.agent.retrieval import BM25, Passage
+from mem1_kernels.agent.webshop.catalogue import COLORS, Product, make_product
 
 RESULTS = 50
 FUZZY_MATCH = 85.0

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mem1_kernels.agent.catalogue import Product
 from mem1_kernels.agent.environment import Step
-from mem1_kernels.agent.shop import Goal, Shop, reward
 from mem1_kernels.agent.tags import MALFORMED, WEBSHOP, ParsedTurn, TagSet
+from mem1_kernels.agent.webshop.catalogue import Product
+from mem1_kernels.agent.webshop.shop import Goal, Shop, reward
 
 PER_PAGE = 10
 BACK, PREVIOUS, NEXT, BUY = "back to search", "< prev", "next >", "buy now"

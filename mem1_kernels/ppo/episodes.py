@@ -1,0 +1,295 @@
+"""The episodes of a run: which tasks are drawn, how they are played, what they come to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from mem1_kernels.agent.agent import MemoryEfficientAgent, Result
+from mem1_kernels.agent.world import TOKEN_TASKS, World, make_world
+from mem1_kernels.ppo.config import Config, load_object, retention_of
+from mem1_kernels.retention import Retention, Segment
+from mem1_kernels.rollout import Engine, Generation, HFEngine, Rollout
+from mem1_kernels.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+MakeEngine = Callable[[Any], Engine]
+"""policy -> the engine that plays a batch of episodes; called once per batch."""
+
+
+def seed_of(config: Config, label: str, number: int) -> int:
+    """A seed for one part of the run."""
+    return zlib.crc32(f"{config.seed}/{label}/{number}".encode())
+
+
+def generation_of(config: Config) -> Generation:
+    """What the config's options say of generation."""
+    return Generation(
+        retention=retention_of(config.retention),
+        max_turns=config.max_turns,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+    )
+
+
+def world_of(config: Config) -> World:
+    """The world that `config.environment` or `config.task` names.
+
+    Raises:
+        ValueError: an environment that cannot be imported or is not a World; and as `make_world`.
+    """
+    if config.environment:
+        world = load_object("environment", config.environment)
+        if not isinstance(world, World):
+            world = world() if callable(world) else world
+        if not isinstance(world, World):
+            raise ValueError(
+                f"environment: expected a World, or a function that makes one, as "
+                f"{config.environment!r}, got {type(world).__name__}"
+            )
+        speaks_ids = isinstance(world.make().tags.stops[0], int)
+    else:
+        world = make_world(
+            config.task,
+            sizes=config.sizes,
+            eval_sizes=config.eval_sizes if config.eval_every else (),
+            data=config.data,
+            eval_data=config.eval_data,
+            corpus=config.corpus,
+            topk=config.topk,
+            teacher_keep=config.sft_keep,
+            seed=config.seed,
+        )
+        speaks_ids = config.task in TOKEN_TASKS
+    if speaks_ids or world.tokenizer is not None:
+        return world
+    from transformers import AutoTokenizer
+
+    return replace(world, tokenizer=AutoTokenizer.from_pretrained(config.model))
+
+
+def draw_tasks(config: Config, world: World, step: int) -> list[Any]:
+    """The tasks of one step, one per group of episodes."""
+    rng = random.Random(f"{config.seed}/tasks/{step}")
+    count = config.episodes // config.group_size
+    return [world.draw(rng.choice(config.sizes), rng) for _ in range(count)]
+
+
+def collect(
+    config: Config,
+    accelerator: Accelerator,
+    world: World,
+    player: Any,
+    tasks: Sequence[Any],
+    label: str,
+    generation: Generation,
+    *,
+    group_size: int = 1,
+    make_engine: MakeEngine | None = None,
+) -> list[Result]:
+    """Plays every task `group_size` times over all processes; all of them return all results.
+
+    The results of task k are those from `k * group_size` on. Batches of `rollout_batch` episodes
+    have a seed of their own, made from `label` and their number, so that it does not matter which
+    process plays them. Over several processes the results come without their turns and prompts.
+
+    Args:
+        player: the causal LM that plays.
+        make_engine: player -> engine. Default: the player itself, in this process.
+
+    Raises:
+        RuntimeError: an episode could not begin, or half of them failed.
+    """
+    numbers = [number for number in range(len(tasks)) for _ in range(group_size)]
+    batches = [
+        numbers[at : at + config.rollout_batch]
+        for at in range(0, len(numbers), config.rollout_batch)
+    ]
+    played: dict[int, list[Result]] = {}
+    for place in range(accelerator.process_index, len(batches), accelerator.num_processes):
+        if make_engine is None:
+            engine: Engine = HFEngine(player, world.tokenizer, positions=config.positions)
+        else:
+            engine = make_engine(player)
+        agent = MemoryEfficientAgent(
+            None,
+            engine=engine,
+            environment=world.make,
+            generation=replace(generation, seed=seed_of(config, label, place)),
+            max_info_tokens=config.max_info_tokens,
+            workers=config.workers,
+            progress=False,
+        )
+        with accelerator.autocast():
+            played[place] = agent.run([tasks[number] for number in batches[place]])
+        for result in played[place]:
+            if result.rollout is None:
+                raise RuntimeError(f"an episode could not begin: {result.error}")
+            if result.failed:
+                logger.warning("an episode of %s failed: %s", label, result.error)
+    if accelerator.num_processes > 1:
+        played = gather_results(played, generation.retention)
+    everyone = [
+        replace(result, task=tasks[number])
+        for place, batch in enumerate(batches)
+        for number, result in zip(batch, played[place], strict=True)
+    ]
+    failed = sum(result.failed for result in everyone)
+    if failed * 2 >= len(everyone):
+        raise RuntimeError(f"{failed} of {len(everyone)} episodes failed; the log says why")
+    return everyone
+
+
+def gather_results(
+    played: dict[int, list[Result]], retention: Retention
+) -> dict[int, list[Result]]:
+    """Every process's results. What may not travel stays behind: the task, which all processes
+    have, the retention policy, perhaps a closure, and what is there for reading only."""
+
+    def bare(result: Result) -> Result:
+        rollout = rollout_of(result)
+        segments: Any = rollout.trajectory.segments
+        return replace(
+            result, task=None, prompt=[], turns=[], rollout=replace(rollout, trajectory=segments)
+        )
+
+    def whole(result: Result) -> Result:
+        segments: Any = rollout_of(result).trajectory
+        trajectory = Trajectory(segments, retention)
+        return replace(result, rollout=replace(rollout_of(result), trajectory=trajectory))
+
+    sent = [(place, [bare(result) for result in batch]) for place, batch in played.items()]
+    return {place: [whole(result) for result in batch] for place, batch in gather_object(sent)}
+
+
+def rollout_of(result: Result) -> Rollout:
+    """The rollout of an episode that has begun."""
+    assert result.rollout is not None
+    return result.rollout
+
+
+def dropped_tokens(rollout: Rollout) -> int:
+    """How many tokens left the context before the end."""
+    trajectory = rollout.trajectory
+    return int((trajectory.expiry < trajectory.num_tokens).sum())
+
+
+def mean_scores(results: Sequence[Result]) -> dict[str, float]:
+    """Means by name; an episode that was cut before it was scored counts as 0.
+
+    A score with one number per objective counts as their sum; beside it, `name_k` is the mean of
+    objective k over the episodes that were scored on it.
+    """
+    total: dict[str, float] = {}
+    single: dict[str, list[float]] = {}
+    for result in results:
+        for name, value in result.scores.items():
+            parts = [value] if isinstance(value, (int, float)) else list(value)
+            total[name] = total.get(name, 0.0) + float(sum(parts))
+            for number, one in enumerate(parts if len(parts) > 1 else (), 1):
+                single.setdefault(f"{name}_{number}", []).append(float(one))
+    means = {name: value / len(results) for name, value in total.items()}
+    return means | {name: sum(ones) / len(ones) for name, ones in single.items()}
+
+
+def with_scores(record: dict[str, Any], scores: Mapping[str, float]) -> dict[str, Any]:
+    """The record with an environment's scores in it, whose names must be others."""
+    taken = sorted(record.keys() & scores.keys())
+    if taken:
+        raise ValueError(f"scores: expected names of their own, got {taken}")
+    return record | dict(scores)
+
+
+def evaluate(
+    config: Config,
+    player: Any,
+    *,
+    world: World | None = None,
+    accelerator: Accelerator | None = None,
+    sizes: Sequence[int] | None = None,
+    retention: Retention | None = None,
+) -> list[dict[str, float]]:
+    """Plays `config.eval_episodes` episodes of each size.
+
+    Args:
+        player: a causal LM.
+        sizes: default: `config.eval_sizes`.
+        retention: default: the config's; `keep_all` shows the agent under full context.
+
+    Returns:
+        For each size: size, failed (episodes that a broken tool ended; nothing else counts them),
+        reward, peak_context (the most tokens that any context held), total_tokens and turns (means
+        per episode), seconds, and the mean scores.
+
+    Raises:
+        RuntimeError: a tool failed in every episode of a size.
+        ValueError: a score whose name the table has already.
+    """
+    world = world or world_of(config)
+    accelerator = accelerator or Accelerator(mixed_precision="bf16" if config.bf16 else None)
+    generation = replace(generation_of(config), temperature=config.eval_temperature)
+    if retention is not None:
+        generation = replace(generation, retention=retention)
+    table = []
+    for size in sizes or config.eval_sizes:
+        rng = random.Random(f"{config.seed}/eval/{size}")
+        draw = world.draw_eval or world.draw
+        started = time.perf_counter()
+        results = collect(
+            config,
+            accelerator,
+            world,
+            player,
+            [draw(size, rng) for _ in range(config.eval_episodes)],
+            f"eval/{size}",
+            replace(generation, max_turns=max(config.max_turns, size + 1)),
+        )
+        whole = [result for result in results if not result.failed]
+        if not whole:
+            raise RuntimeError(f"evaluation, size {size}: a tool failed in every episode")
+        row = {
+            "size": size,
+            "failed": len(results) - len(whole),
+            "reward": sum(result.reward for result in whole) / len(whole),
+            "peak_context": max(result.peak_context for result in whole),
+            "total_tokens": sum(result.total_tokens for result in whole) / len(whole),
+            "turns": sum(len(rollout_of(result).turns) for result in whole) / len(whole),
+            "seconds": time.perf_counter() - started,
+        }
+        table.append(with_scores(row, mean_scores(whole)))
+    return table
+
+
+def read_transcripts(path: str) -> list[tuple[list[Segment], float]]:
+    """Traces from a JSONL file, one `{"segments": [[role, turn, ids], ...], "reward": r}` per
+    line."""
+    traces = []
+    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            segments = [Segment(role, ids, turn) for role, turn, ids in record["segments"]]
+            traces.append((segments, float(record["reward"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: no transcript ({error})") from error
+    return traces
+
+
+def write_transcripts(results: Sequence[Result], path: Path) -> None:
+    """Writes what `read_transcripts` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for result in results:
+            segments = rollout_of(result).trajectory.segments
+            record = {"segments": [[s.role, s.turn, s.ids] for s in segments]}
+            file.write(json.dumps(record | {"reward": result.reward}) + "\n")

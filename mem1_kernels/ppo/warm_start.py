@@ -1,0 +1,104 @@
+"""The supervised warm start: policy and critic learn from traces before PPO begins."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mem1_kernels.agent.world import World
+from mem1_kernels.ppo.advantages import gae, on_last_token
+from mem1_kernels.ppo.batch import PackedRow, fill
+from mem1_kernels.ppo.episodes import read_transcripts
+from mem1_kernels.ppo.learner import Learner
+from mem1_kernels.ppo.losses import value_loss
+from mem1_kernels.ppo.report import Stopwatch
+from mem1_kernels.ppo.update import train_on
+from mem1_kernels.retention import Retention
+from mem1_kernels.trajectory import Layout, Trajectory, pack, unroll
+
+
+def warm_start(learner: Learner, world: World, retention: Retention, progress: bool) -> float:
+    """Learns from traces and returns the last loss.
+
+    The policy learns what the traces generate, the critic the reward that they got. A jump of the
+    positions behind the prompt lets it see distances that only longer horizons have.
+
+    Raises:
+        ValueError: neither a teacher nor transcripts, or a line that is not a transcript.
+    """
+    config, accelerator = learner.config, learner.accelerator
+    traces = read_transcripts(config.transcripts) if config.transcripts else []
+    if not traces and world.demonstrate is None:
+        raise ValueError("transcripts: this task has no teacher; expected a file of traces")
+    watch = Stopwatch(accelerator.device)
+    bar = tqdm(range(config.sft_steps), "warm start", disable=None if progress else True)
+    figures = {"loss": math.nan}
+    for step in bar:
+        rng = random.Random(f"{config.seed}/sft/{step}")
+        layouts: list[Layout] = []
+        rewards: list[float] = []
+        for _ in range(config.sft_batch):
+            if traces:
+                segments, reward = rng.choice(traces)
+            else:
+                assert world.demonstrate is not None
+                segments, reward = world.demonstrate(world.draw(rng.choice(config.sizes), rng), rng)
+            trajectory = Trajectory(segments, retention)
+            jump = rng.randint(0, config.sft_jump)
+            if config.positions == "reprefill":
+                layouts.append(unroll(trajectory))
+            else:
+                behind = trajectory.position_ids >= trajectory.spans[0].stop
+                shifted = trajectory.position_ids + jump * behind
+                layouts.append(trajectory.replaced(position_ids=shifted))
+            rewards.append(reward)
+        rows, returns = _pack(layouts, rewards, learner)
+        count = sum(len(row.where) for row in rows)
+
+        def loss_of(
+            row: PackedRow,
+            log_probs: Tensor,
+            entropy: Tensor,
+            values: Tensor | None,
+            count: int = count,
+            returns: Tensor = returns,
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = -log_probs.sum() / count
+            if values is None:
+                return loss, {}
+            mask = torch.ones_like(values, dtype=torch.bool)
+            target = returns[row.where]
+            error = value_loss(values, values, target, mask, denominator=count, clip=None)
+            return loss + error, {"value_loss": error}
+
+        falling = 1 - 0.9 * step / max(config.sft_steps - 1, 1)
+        learner.learning_rates(config.sft_lr * falling, config.critic_lr)
+        figures = train_on(learner, rows, loss_of, watch)
+        bar.set_postfix(loss=f"{figures['loss']:.4f}")
+    learner.optimizer.optimizer.state.clear()
+    return figures["loss"]
+
+
+def _pack(
+    layouts: list[Layout], rewards: list[float], learner: Learner
+) -> tuple[list[PackedRow], Tensor]:
+    """The traces in packed rows, and the return at each of their generated tokens."""
+    config, device = learner.config, learner.accelerator.device
+    rows: list[PackedRow] = []
+    returns: list[Tensor] = []
+    begin = 0
+    for members in fill([layout.num_tokens for layout in layouts], config.token_budget):
+        layout = pack([layouts[member] for member in members])
+        document = layout.document[layout.loss_mask]
+        mask = torch.ones_like(document, dtype=torch.bool)
+        reward = torch.tensor([rewards[member] for member in members])
+        earned = on_last_token(reward, mask, document)
+        values = torch.zeros_like(earned)
+        returns.append(gae(earned, values, mask, document, gamma=config.gamma)[1])
+        rows.append(PackedRow.of(layout, torch.arange(begin, begin + len(document)), device))
+        begin += len(document)
+    return rows, torch.cat(returns).to(device)

@@ -1,0 +1,246 @@
+"""Retention policies: which segment of a trajectory drops which.
+
+A policy (`mem1`, `keep_last(2)`, your own function) masks the trajectory in training and prunes
+the KV cache in a rollout.
+"""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor
+
+ROLES = ("prompt", "state", "action", "info")
+GENERATED = ("state", "action")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens that live and die together.
+
+    Args:
+        role: "prompt", "state", "action" or "info"; the policy generates state and action.
+        tokens: how many tokens, or their ids.
+        turn: which turn it belongs to, counted from 0; a trajectory's turns never decrease.
+        depth: 0, or how deep in branches it was written (`fold` drops a branch at its return).
+
+    Raises:
+        ValueError: unknown role, negative count, turn or depth.
+
+    >>> Segment("state", [11, 12, 13], turn=1).num_tokens
+    3
+    """
+
+    role: str
+    tokens: int | Sequence[int] | Tensor
+    turn: int = 0
+    depth: int = 0
+    num_tokens: int = field(init=False)
+    ids: tuple[int, ...] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role: expected one of {ROLES}, got {self.role!r}")
+        for name in ("turn", "depth"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+        if isinstance(self.tokens, int) and not isinstance(self.tokens, bool):
+            if self.tokens < 0:
+                raise ValueError(f"tokens: expected a count >= 0, got {self.tokens}")
+            count, ids = self.tokens, None
+        else:
+            values = self.tokens.tolist() if isinstance(self.tokens, Tensor) else self.tokens
+            if not isinstance(values, (list, tuple, range)):
+                got = type(values).__name__
+                raise ValueError(f"tokens: expected a count or a 1-D sequence of ids, got {got}")
+            if not all(type(token) is int for token in values):
+                raise ValueError("tokens: expected integer ids, got another type among them")
+            if values and min(values) < 0:
+                raise ValueError(f"tokens: expected ids >= 0, got {min(values)}")
+            count, ids = len(values), tuple(values)
+        object.__setattr__(self, "num_tokens", count)
+        object.__setattr__(self, "ids", ids)
+
+
+Expires: TypeAlias = Sequence[int]
+Retention: TypeAlias = Callable[[Sequence[Segment]], "Expires | tuple[Expires, Expires]"]
+"""A retention policy: a plain function from the segments to, for each of them, the index of the
+first segment that no longer sees it (`len(segments)`: it is never dropped). It may return a second
+list: for each segment, the index of the first segment that its tokens see (its floor).
+
+A rollout asks with the segments so far and the one about to be written, so what a policy says of
+past drops must not change as segments are added; the rollout checks that it does not.
+"""
+
+
+def _after_turn_writes(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """Turns that generate something, and the index just behind the last segment they generate."""
+    ends: dict[int, int] = {}
+    for index, segment in enumerate(segments):
+        if segment.role in GENERATED:
+            ends[segment.turn] = index + 1
+    return list(ends), list(ends.values())
+
+
+def mem1(segments: Sequence[Segment]) -> list[int]:
+    """MEM1 (arXiv 2506.15841, section 3.1): a turn is dropped once the next state and action stand.
+
+    The prompt stays. The state, action and info of turn t expire at the end of what turn t+1
+    generates, so the info of turn t+1 sees the prompt and that turn's state and action only.
+
+    >>> turn = lambda t: [Segment("state", 2, t), Segment("action", 1, t), Segment("info", 5, t)]
+    >>> mem1([Segment("prompt", 4), *turn(1), *turn(2)])
+    [7, 6, 6, 6, 7, 7, 7]
+    """
+    turns, ends = _after_turn_writes(segments)
+    expires = []
+    for segment in segments:
+        following = bisect_right(turns, segment.turn)
+        dropped = segment.role != "prompt" and following < len(turns)
+        expires.append(ends[following] if dropped else len(segments))
+    return expires
+
+
+def mem1_release(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """The mask that the released MEM1 training code builds; it differs from the paper.
+
+    A state expires with its own turn (so no state sees the one before it), an action and an info
+    with the next turn, and info tokens see only their own block.
+
+    >>> turn = lambda t: [Segment("state", 2, t), Segment("action", 1, t), Segment("info", 5, t)]
+    >>> mem1_release([Segment("prompt", 4), *turn(1), *turn(2)])
+    ([7, 4, 7, 7, 7, 7, 7], [0, 0, 0, 3, 0, 0, 6])
+    """
+    begins: dict[int, int] = {}
+    for index, segment in enumerate(segments):
+        if segment.role != "prompt":
+            begins.setdefault(segment.turn, index)
+    turns, starts = list(begins), [*begins.values(), len(segments), len(segments)]
+    expires = []
+    for segment in segments:
+        following = bisect_right(turns, segment.turn)
+        if segment.role == "prompt":
+            expires.append(len(segments))
+        else:
+            expires.append(starts[following + (segment.role != "state")])
+    floors = [index if segment.role == "info" else 0 for index, segment in enumerate(segments)]
+    return expires, floors
+
+
+def keep_all(segments: Sequence[Segment]) -> list[int]:
+    """Full context: nothing is ever dropped.
+
+    >>> keep_all([Segment("prompt", 4), Segment("state", 2, 1)])
+    [2, 2]
+    """
+    return [len(segments)] * len(segments)
+
+
+def keep_last(turns: int) -> Retention:
+    """Keeps the prompt and the last `turns` turns, the one being written included.
+
+    Two policies of the same number of turns are equal, and they can be pickled.
+
+    Raises:
+        TypeError: turns is no integer.
+        ValueError: turns < 1.
+
+    >>> keep_last(2)([Segment("prompt", 4), *(Segment("action", 1, t) for t in range(4))])
+    [5, 3, 4, 5, 5]
+    >>> keep_last(2)
+    keep_last(2)
+    """
+    if type(turns) is not int:
+        raise TypeError(f"turns: expected an integer, as in keep_last(2), got {turns!r}")
+    if turns < 1:
+        raise ValueError(f"turns: expected at least 1, got {turns}")
+    return _KeepLast(turns)
+
+
+@dataclass(frozen=True, repr=False)
+class _KeepLast:
+    turns: int
+
+    @property
+    def __name__(self) -> str:
+        return f"keep_last({self.turns})"
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+    def __call__(self, segments: Sequence[Segment]) -> list[int]:
+        begins: dict[int, int] = {}
+        for index, segment in enumerate(segments):
+            if segment.role != "prompt":
+                begins.setdefault(segment.turn, index)
+        numbers, starts = list(begins), list(begins.values())
+        expires = []
+        for segment in segments:
+            dropper = bisect_right(numbers, segment.turn) - 1 + self.turns
+            dropped = segment.role != "prompt" and dropper < len(numbers)
+            expires.append(starts[dropper] if dropped else len(segments))
+        return expires
+
+
+def fold(segments: Sequence[Segment]) -> list[int]:
+    """Context folding (arXiv 2510.11967): a branch is dropped when it returns.
+
+    A segment of depth d expires at the first later segment of smaller depth, which is where its
+    branch has returned. What the branch reports back is a segment of the outer depth.
+
+    >>> fold([Segment("prompt", 4), Segment("action", 1, 1), Segment("action", 9, 2, depth=1),
+    ...       Segment("info", 2, 2), Segment("action", 1, 3)])
+    [5, 5, 3, 5, 5]
+    """
+    expires = [len(segments)] * len(segments)
+    open_branches: list[int] = []
+    for index, segment in enumerate(segments):
+        while open_branches and segments[open_branches[-1]].depth > segment.depth:
+            expires[open_branches.pop()] = index
+        open_branches.append(index)
+    return expires
+
+
+def retained(
+    segments: Sequence[Segment], retention: Retention
+) -> tuple[list[int], list[int] | None]:
+    """Asks `retention` and checks its answer: (expires, floors or None), as segment indices.
+
+    Raises:
+        TypeError: an answer that is no list of integers, or two of them.
+        ValueError: an answer of the wrong length, a segment that expires before it ends, or a floor
+            behind its own segment.
+
+    >>> retained([Segment("prompt", 4), Segment("state", 2, 1)], keep_all)
+    ([2, 2], None)
+    """
+    if not callable(retention):
+        raise TypeError(f"retention: expected a function such as mem1, got {retention!r}")
+    name = getattr(retention, "__name__", repr(retention))
+    answer = retention(segments)
+    floors: list[int] | None = None
+    try:
+        if len(answer) == 2 and not hasattr(answer[0], "__index__"):
+            expires, floors = ([operator.index(i) for i in cast(Any, part)] for part in answer)
+        else:
+            expires = [operator.index(cast(Any, i)) for i in answer]
+    except TypeError as error:
+        raise TypeError(f"{name}: expected a list of segment indices, or two ({error})") from None
+    count = len(segments)
+    for label, values in (("expires", expires), ("floors", floors)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name}: expected {count} {label}, got {len(values)}")
+    for index, end in enumerate(expires):
+        if not index < end <= count:
+            raise ValueError(
+                f"{name}: segment {index} must expire at {index + 1}..{count}, got {end}"
+            )
+    for index, first in enumerate(floors or ()):
+        if not 0 <= first <= index:
+            raise ValueError(f"{name}: segment {index} must see from 0..{index}, got {first}")
+    return expires, floors

@@ -1,0 +1,241 @@
+"""The turn loop: drop, write, read, until every row has ended.
+
+There is one loop for all engines. An engine brings a `Backend`, which holds the rows' context and
+writes their turns; the loop asks the retention policy what to drop, asks the environment for
+observations, and keeps the record that training needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from mem1_kernels.retention import Segment, retained
+from mem1_kernels.rollout.engine import EngineError, Generation, Respond, Rollout, Turn, read_ids
+from mem1_kernels.trajectory import Positions, Trajectory
+
+
+@dataclass
+class Written:
+    """One turn as a backend wrote it.
+
+    Args:
+        token_ids: what was sampled, the stop included.
+        log_probs: of each of them.
+        closed: whether a stop ended the turn.
+        error: why the row cannot go on, or "". With an error, the turn does not count.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+    closed: bool
+    error: str = ""
+
+
+class Backend(Protocol):
+    """What an engine does for the turn loop. The loop calls, for each row and turn:
+
+    1. `drop` with what the new turn no longer sees;
+    2. `write`, for all rows at once;
+    3. `drop` with what the observation no longer sees, and `read` with the observation;
+    4. `retire`, once, when the row has ended.
+    """
+
+    def drop(self, row: RolloutRow, segments: Sequence[int]) -> None:
+        """`row.segments[i]`, for each i in `segments`, has left the context.
+
+        What was read before this call was read while these segments were still there.
+        """
+
+    def write(self, rows: Sequence[RolloutRow], number: int) -> Sequence[Written]:
+        """Writes turn `number` of each row, and raises the rows' `peak_context` as needed."""
+
+    def read(self, row: RolloutRow, token_ids: Sequence[int]) -> None:
+        """An observation has joined the context."""
+
+    def retire(self, row: RolloutRow) -> None:
+        """The row has ended; its context is no longer needed."""
+
+
+class RolloutRow:
+    """The record of one trajectory while it is written.
+
+    Args:
+        index: which prompt it belongs to.
+        prompt: its ids.
+        generation: how it is written.
+        positions: the form that the engine computes.
+
+    Attributes:
+        segments: what is written so far.
+        dropped_at: for each segment, the index of the segment before which it was dropped; 0: it
+            is in the context.
+        turns: what was generated, turn by turn.
+        depth: of what comes next.
+        peak_context: the most tokens that the context held at once; the backend says it.
+        error: why the row ended before its time, or "".
+    """
+
+    def __init__(
+        self, index: int, prompt: list[int], generation: Generation, positions: Positions
+    ) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.generation = generation
+        self.positions = positions
+        self.segments = [Segment("prompt", prompt)]
+        self.dropped_at = [0]
+        self.turns: list[Turn] = []
+        self.log_probs: list[float] = []
+        self.depth = 0
+        self.peak_context = 0
+        self.error = ""
+
+    def drop_before(self, upcoming: Segment) -> list[int]:
+        """Marks what `upcoming` and all after it no longer see; returns those segments' indices.
+
+        Raises:
+            ValueError: the policy hides with a floor what is in the context, or drops a prompt
+                that is sent again every turn.
+        """
+        retention = self.generation.retention
+        expires, floors = retained([*self.segments, upcoming], retention)
+        name = getattr(retention, "__name__", repr(retention))
+        if floors is not None:
+            raise ValueError(
+                f"retention: expected a policy without floors, got {name}: a floor hides keys that "
+                "later tokens see again, so an engine can neither drop them nor hide them"
+            )
+        now = len(self.segments)
+        fresh = [past for past in range(now) if expires[past] <= now and not self.dropped_at[past]]
+        for past in fresh:
+            self.dropped_at[past] = now
+        if self.positions == "reprefill" and self.dropped_at[0]:
+            raise ValueError(
+                f"retention: {name} drops the prompt, but positions='reprefill' sends every turn "
+                "behind the prompt"
+            )
+        return fresh
+
+    def wrote(self, number: int, written: Written) -> None:
+        """Adds a turn that was generated.
+
+        Raises:
+            ValueError: `state_tokens` gave a number that is not the length of a part of it.
+        """
+        ids, state_tokens = written.token_ids, self.generation.state_tokens
+        state = state_tokens(list(ids)) if state_tokens else 0
+        if type(state) is not int or not 0 <= state <= len(ids):
+            raise ValueError(f"state_tokens: expected 0 to {len(ids)}, got {state!r}")
+        self.add(Segment("state", ids[:state], number, self.depth))
+        self.add(Segment("action", ids[state:], number, self.depth))
+        self.log_probs += written.log_probs
+        self.turns.append(Turn(self.index, number, ids, written.closed, self.depth))
+
+    def observation(self, observed: Sequence[int]) -> Segment:
+        """The observation behind the last turn: first drop what it does not see, then add it."""
+        turn = self.turns[-1]
+        if self.generation.depth is not None:
+            self.depth = self.generation.depth(turn)
+        ids = read_ids(f"respond, row {self.index}", observed)
+        return Segment("info", ids, turn.number, self.depth)
+
+    def add(self, segment: Segment) -> None:
+        """Adds a segment to the context."""
+        self.segments.append(segment)
+        self.dropped_at.append(0)
+
+    def live_ids(self) -> list[int]:
+        """The ids in the context behind the prompt."""
+        return [
+            token
+            for segment, dropped in zip(self.segments[1:], self.dropped_at[1:], strict=True)
+            if not dropped
+            for token in segment.ids or ()
+        ]
+
+    def finish(self) -> Rollout:
+        """The finished trajectory.
+
+        Raises:
+            ValueError: for the whole trajectory the policy drops elsewhere than it did on the way.
+        """
+        retention = self.generation.retention
+        trajectory = Trajectory(self.segments, retention)
+        expires, _ = retained(self.segments, retention)
+        for index, (said, done) in enumerate(zip(expires, self.dropped_at, strict=True)):
+            if (done or len(self.segments)) != said:
+                raise ValueError(
+                    f"retention: segment {index} of row {self.index} expires at segment {said}, "
+                    f"but the rollout dropped it at {done or 'none'}: a policy must drop between "
+                    "turns and never change what it said of earlier drops"
+                )
+        log_probs = torch.zeros(trajectory.num_tokens)
+        log_probs[trajectory.loss_mask] = torch.tensor(self.log_probs)
+        return Rollout(
+            trajectory, log_probs, self.positions, self.peak_context, self.turns, self.error
+        )
+
+
+def open_rows(
+    prompts: Sequence[Sequence[int]], generation: Generation, positions: Positions
+) -> list[RolloutRow]:
+    """One row per prompt.
+
+    Raises:
+        TypeError: prompts that are not sequences of integers.
+        ValueError: no prompts, or an empty one.
+    """
+    read = [read_ids("prompts", prompt) for prompt in prompts]
+    if not read or not all(read):
+        raise ValueError("prompts: expected at least one, and none of them empty")
+    return [RolloutRow(index, ids, generation, positions) for index, ids in enumerate(read)]
+
+
+def run_turns(
+    rows: Sequence[RolloutRow], backend: Backend, respond: Respond, generation: Generation
+) -> list[Rollout]:
+    """Runs every row to its end; one rollout per row, in order.
+
+    A row that the backend cannot go on with ends with its error, and the others go on.
+
+    Raises:
+        EngineError: no row at all could write its first turn.
+        TypeError: a reply that is not a sequence of integers.
+        ValueError: replies for another number of rows; a policy that drops inside a turn, takes
+            back a drop, or hides with a floor what the context still holds.
+    """
+    active = list(rows)
+    for number in range(1, generation.max_turns + 1):
+        for row in active:
+            backend.drop(row, row.drop_before(Segment("state", 0, number, row.depth)))
+        written = backend.write(active, number)
+        for row, turn in zip(active, written, strict=True):
+            if turn.error:
+                row.error = turn.error
+                backend.retire(row)
+            else:
+                row.wrote(number, turn)
+        active = [row for row in active if not row.error]
+        if not active:
+            break
+        replies = respond([row.turns[-1] for row in active])
+        if len(replies) != len(active):
+            raise ValueError(f"respond: expected {len(active)} replies, got {len(replies)}")
+        going = []
+        for row, observed in zip(active, replies, strict=True):
+            if observed is None or number == generation.max_turns:
+                backend.retire(row)
+                continue
+            info = row.observation(observed)
+            backend.drop(row, row.drop_before(info))
+            row.add(info)
+            backend.read(row, info.ids or ())
+            going.append(row)
+        active = going
+    if not any(row.turns for row in rows):
+        raise EngineError(rows[0].error)
+    return [row.finish() for row in rows]
