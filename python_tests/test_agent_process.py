@@ -457,7 +457,7 @@ def test_an_engine_of_ones_own(monkeypatch, model, tokenizer, corpus):
 
 def test_a_model_that_is_not_there(tmp_path, corpus):
     agent = MemoryEfficientAgent(str(tmp_path / "nothing"), environment=corpus)
-    with pytest.raises(OSError, match="nothing' is neither a folder nor to be had"):
+    with pytest.raises(OSError, match="nothing' is neither a folder nor available"):
         agent.process("", ["?"])
 
 
