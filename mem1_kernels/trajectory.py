@@ -137,6 +137,43 @@ class Layout:
         """How many (query, key) pairs are visible: the exact work of attention over this layout."""
         return visible_pairs(self.expiry, self.floor)
 
+    def shift_labels(self, ignore_index: int = -100) -> Tensor:
+        """What each token has to predict, as transformers' `shift_labels=` takes it.
+
+        A causal LM's own `labels=` are moved by one, which is wrong where a token is not predicted
+        by the one before it. Pass these for both: `labels=shifted, shift_labels=shifted`.
+
+        Args:
+            ignore_index: what stands where a token predicts nothing in the loss.
+
+        Returns:
+            int64 `[tokens]`: the id of the generated token that each token predicts.
+
+        Raises:
+            ValueError: the layout has no token ids; a generated token that nothing predicts; or,
+                in a tree, a token that predicts several (the last of a prompt with branches): then
+                gather the logits by `predecessor` instead.
+
+        >>> Trajectory([Segment("prompt", [5, 6]), Segment("action", [7, 8], 1)]).shift_labels()
+        tensor([-100,    7,    8, -100])
+        """
+        if self.token_ids is None:
+            raise ValueError("layout: has no token ids; its segments were given as counts")
+        generated = self.loss_mask.nonzero().flatten()
+        before = self.predecessor[generated]
+        if bool((before < 0).any()):
+            token = int(generated[before < 0][0])
+            raise ValueError(f"layout: token {token} is generated, but nothing predicts it")
+        if len(before.unique()) < len(before):
+            token = int(before[before.bincount()[before] > 1][0])
+            raise ValueError(
+                f"layout: token {token} predicts the first token of several branches, which "
+                "shift_labels cannot say; gather the logits by layout.predecessor"
+            )
+        return torch.full_like(self.predecessor, ignore_index).index_put(
+            (before,), self.token_ids[generated]
+        )
+
     def replaced(self, **changes: Any) -> Layout:
         """This layout with some fields replaced, as a plain Layout.
 
