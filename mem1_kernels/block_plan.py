@@ -79,11 +79,10 @@ class BlockPlan:
         if not isinstance(layout, Layout):
             raise TypeError(f"layout: expected a Layout, got {type(layout).__name__}")
         plan = BlockPlan.from_expiry(layout.expiry, layout.floor)
-        consecutive = torch.arange(layout.num_tokens, device=layout.position_ids.device)
         return replace(
             plan,
             predecessor=layout.predecessor[None],
-            needs_position_ids=not torch.equal(layout.position_ids, consecutive),
+            needs_position_ids=not layout.positions_are_consecutive,
         )
 
     @staticmethod

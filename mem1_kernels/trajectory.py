@@ -137,6 +137,12 @@ class Layout:
         """How many (query, key) pairs are visible: the exact work of attention over this layout."""
         return visible_pairs(self.expiry, self.floor)
 
+    @cached_property
+    def positions_are_consecutive(self) -> bool:
+        """Whether `position_ids` are 0, 1, 2, ..., as a model takes them by default."""
+        index = torch.arange(self.num_tokens, device=self.position_ids.device)
+        return torch.equal(self.position_ids, index)
+
     def shift_labels(self, ignore_index: int = -100) -> Tensor:
         """What each token has to predict, as transformers' `shift_labels=` takes it.
 
@@ -193,9 +199,12 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         """This layout with its tensors on `device`."""
         tensors = {name: getattr(self, name) for name in _PER_TOKEN}
-        return self.replaced(
+        moved = self.replaced(
             **{name: None if x is None else x.to(device) for name, x in tensors.items()}
         )
+        # Known here, it need not be read back from the device there.
+        moved.__dict__["positions_are_consecutive"] = self.positions_are_consecutive
+        return moved
 
     def plot(self, path: str | Path, *, max_pixels: int = 1200) -> None:
         """Draws the mask with its segments along both axes into the image file `path`.
