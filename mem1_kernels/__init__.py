@@ -21,8 +21,8 @@ from mem1_kernels.retention import (
     mem1,
     mem1_release,
 )
-from mem1_kernels.trajectory import Layout, Trajectory, pack, unroll
-from mem1_kernels.tree import TokenRow, TreeLayout, pack_tree
+from mem1_kernels.trajectory import Layout, Trajectory, pack
+from mem1_kernels.tree import TokenRow, TreeLayout, pack_tree, unroll
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Histories that branch, as one layout in which shared text stands once: `pack_tree`.
+"""Histories that branch, as one layout in which shared text stands once: `pack_tree`, `unroll`.
 
 Compaction, folding, sub-agents, cleared tool results, retries and groups all leave rows of tokens
 that begin alike. Such rows are a prefix tree, and a prefix tree is what `expiry` can say: laid out
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mem1_kernels.trajectory import Layout
+from mem1_kernels.retention import GENERATED, retained
+from mem1_kernels.trajectory import Layout, Span, Trajectory
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,30 +169,8 @@ def pack_tree(rows: Sequence[TokenRow]) -> TreeLayout:
             raise TypeError(f"rows: expected TokenRows, got {type(row).__name__}")
     if not any(len(row) for row in rows):
         raise ValueError("rows: expected at least one token, got none")
-    nodes, ends = prefix_tree([row.token_ids.numpy() for row in rows])
-
-    # Where each row's tokens lie in the rows laid behind each other, and in the tree.
-    counts = torch.tensor([len(row) for row in rows])
-    starts = counts.cumsum(0) - counts
-    tokens = nodes[-1].end
-    index = torch.empty(int(counts.sum()), dtype=torch.int64)
-    source, expiry = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens, dtype=torch.int32)
-    positions, before = torch.empty_like(source), torch.arange(-1, tokens - 1)
-    document = torch.empty_like(source)
-    for node in nodes:
-        here = slice(node.offset, node.end)
-        begin = int(starts[node.row])
-        source[here] = torch.arange(begin + node.start, begin + node.stop)
-        positions[here] = torch.arange(node.start, node.stop)
-        expiry[here] = node.subtree_stop
-        document[here] = node.row
-        before[node.offset] = -1 if node.parent is None else node.parent.end - 1
-    for begin, last in zip(starts.tolist(), ends, strict=True):
-        step = last
-        while step is not None:
-            index[begin + step.start : begin + step.stop] = torch.arange(step.offset, step.end)
-            step = step.parent
-
+    tree = _lay_out([row.token_ids.numpy() for row in rows])
+    index, tokens = tree.index, len(tree.source)
     weights = torch.zeros(tokens)
     given = [torch.ones(len(row)) if row.weights is None else row.weights for row in rows]
     masks = torch.cat([row.loss_mask for row in rows])
@@ -199,22 +178,149 @@ def pack_tree(rows: Sequence[TokenRow]) -> TreeLayout:
     in_loss = torch.zeros(tokens, dtype=torch.bool)
     in_loss[index[masks]] = True
     return TreeLayout(
-        expiry=expiry,
+        expiry=tree.expiry,
         floor=None,
-        position_ids=positions,
+        position_ids=tree.position_ids,
         loss_mask=in_loss,
-        predecessor=before,
-        document=document,
+        predecessor=tree.predecessor,
+        document=tree.row,
         num_documents=len(rows),
-        source=source,
+        source=tree.source,
         source_tokens=len(index),
-        token_ids=torch.cat([row.token_ids for row in rows])[source],
+        token_ids=torch.cat([row.token_ids for row in rows])[tree.source],
         spans=(),
         positions="reprefill",
         rows=rows,
         index=index,
         weights=weights,
     )
+
+
+def unroll(trajectory: Trajectory) -> Layout:
+    """The re-prefill form: what an engine computes that sends the live text again every turn.
+
+    Each turn is a branch: the prompt, the segments that are alive when the turn starts, at compact
+    positions, and then what the turn writes. Branches share the text that they have in common at
+    their beginning: the prompt, and under policies that keep older segments those too. So a turn
+    before which nothing was dropped goes on in the branch of the turn before. Every generated token
+    is in the loss exactly once, in the branch that generated it.
+
+    Raises:
+        TypeError: something that is not a Trajectory.
+        ValueError: the policy sets floors (an engine that sends text again cannot hide a part of
+            it), or the prompt expires.
+
+    >>> from mem1_kernels import Segment
+    >>> turn = lambda t: [Segment("action", 1, t), Segment("info", 2, t)]
+    >>> layout = unroll(Trajectory([Segment("prompt", 2), *turn(1), *turn(2), *turn(3)]))
+    >>> [(span.role, span.turn) for span in layout.spans]  # doctest: +NORMALIZE_WHITESPACE
+    [('prompt', 0), ('action', 1), ('info', 1), ('action', 2),
+     ('action', 2), ('info', 2), ('action', 3)]
+    >>> layout.position_ids.tolist()
+    [0, 1, 2, 3, 4, 5, 2, 3, 4, 5]
+    >>> layout.loss_mask.int().tolist()
+    [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
+    """
+    if not isinstance(trajectory, Trajectory):
+        raise TypeError(f"trajectory: expected a Trajectory, got {type(trajectory).__name__}")
+    segments = trajectory.segments
+    expires, floors = retained(segments, trajectory.retention)
+    if floors is not None:
+        raise ValueError("trajectory: a policy with floors has no re-prefill form")
+    prompts = next((i for i, s in enumerate(segments) if s.role != "prompt"), len(segments))
+    if any(expires[index] < len(segments) for index in range(prompts)):
+        raise ValueError("trajectory: its prompt expires, so its turns share none")
+
+    # A row per generated segment: the tokens that it sees, by their places in the trajectory, and
+    # its own behind them.
+    places = [np.arange(span.start, span.stop) for span in trajectory.spans]
+    rows = [np.concatenate([np.arange(0), *places[:prompts]])]
+    for index, segment in enumerate(segments):
+        if segment.role in GENERATED:
+            alive = [past for past in range(index) if expires[past] > index]
+            rows.append(np.concatenate([places[past] for past in [*alive, index]]))
+    tree = _lay_out(rows)
+    source = torch.from_numpy(np.concatenate(rows))[tree.source]
+    loss_mask = torch.zeros(len(source), dtype=torch.bool)
+    written = [segment.num_tokens for segment in segments if segment.role in GENERATED]
+    end = len(rows[0])
+    for row, count in zip(rows[1:], written, strict=True):
+        end += len(row)
+        loss_mask[tree.index[end - count : end]] = True
+    ids = trajectory.token_ids
+    return Layout(
+        expiry=tree.expiry,
+        floor=None,
+        position_ids=tree.position_ids,
+        loss_mask=loss_mask,
+        predecessor=tree.predecessor,
+        document=torch.zeros_like(source),
+        num_documents=1,
+        source=source,
+        source_tokens=trajectory.num_tokens,
+        token_ids=None if ids is None else ids[source],
+        spans=_spans(trajectory, source),
+        positions="reprefill",
+    )
+
+
+def _spans(trajectory: Trajectory, source: Tensor) -> tuple[Span, ...]:
+    """Where the pieces of the trajectory's segments lie, once its tokens are in this order."""
+    counts = torch.tensor([segment.num_tokens for segment in trajectory.segments])
+    segment = torch.arange(len(counts)).repeat_interleave(counts)[source]
+    new = torch.ones(len(source), dtype=torch.bool)
+    new[1:] = (segment[1:] != segment[:-1]) | (source[1:] != source[:-1] + 1)
+    starts = new.nonzero().flatten().tolist()
+    return tuple(
+        trajectory.spans[int(segment[start])]._replace(start=start, stop=stop)
+        for start, stop in zip(starts, [*starts[1:], len(source)], strict=True)
+    )
+
+
+@dataclass
+class _Tree:
+    """Rows laid out as one prefix tree; all int64 but `expiry`.
+
+    Of each token `[tokens]`: its place in the rows laid behind each other (`source`), the first row
+    that holds it, its position, its expiry and its predecessor. Of each token of the rows
+    `[source tokens]`: its place in the tree (`index`).
+    """
+
+    source: Tensor
+    row: Tensor
+    position_ids: Tensor
+    expiry: Tensor
+    predecessor: Tensor
+    index: Tensor
+
+
+def _lay_out(rows: Sequence[np.ndarray]) -> _Tree:
+    nodes, ends = prefix_tree(rows)
+    counts = torch.tensor([len(row) for row in rows])
+    starts = (counts.cumsum(0) - counts).tolist()
+    tokens = nodes[-1].end if nodes else 0
+    whole = torch.empty(tokens, dtype=torch.int64)
+    tree = _Tree(
+        source=whole,
+        row=torch.empty_like(whole),
+        position_ids=torch.empty_like(whole),
+        expiry=torch.empty(tokens, dtype=torch.int32),
+        predecessor=torch.arange(-1, tokens - 1),
+        index=torch.empty(int(counts.sum()), dtype=torch.int64),
+    )
+    for node in nodes:
+        here = slice(node.offset, node.end)
+        begin = starts[node.row]
+        tree.source[here] = torch.arange(begin + node.start, begin + node.stop)
+        tree.row[here] = node.row
+        tree.position_ids[here] = torch.arange(node.start, node.stop)
+        tree.expiry[here] = node.subtree_stop
+        tree.predecessor[node.offset] = -1 if node.parent is None else node.parent.end - 1
+    for begin, step in zip(starts, ends, strict=True):
+        while step is not None:
+            tree.index[begin + step.start : begin + step.stop] = torch.arange(step.offset, step.end)
+            step = step.parent
+    return tree
 
 
 @dataclass(eq=False)

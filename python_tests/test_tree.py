@@ -11,9 +11,20 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mem1_kernels import BlockPlan, TokenRow, pack, pack_tree, visible
+from mem1_kernels import (
+    BlockPlan,
+    Segment,
+    TokenRow,
+    Trajectory,
+    fold,
+    pack,
+    pack_tree,
+    unroll,
+    visible,
+)
 from mem1_kernels.hf import patched
 from mem1_kernels.ops import reference
+from mem1_kernels.retention import retained
 from mem1_kernels.rollout import score
 from mem1_kernels.testing import assert_within_budget
 
@@ -227,3 +238,26 @@ def test_errors(message):
 def test_what_is_not_in_the_loss_may_be_anything():
     row = TokenRow([1, 2], [0, 1], weights=[float("nan"), 2.0], log_probs=[float("nan"), -1.0])
     assert pack_tree([row]).weights.tolist() == [0.0, 2.0]
+
+
+def test_text_that_survives_is_computed_once_when_it_is_sent_again():
+    """A branch returns: the outer text before it stays, and is shared by all later turns."""
+    segments = [Segment("prompt", 10)]
+    for turn, depth in enumerate((0, 1, 1, 0, 0, 1, 0), 1):
+        segments += [Segment("action", 5, turn, depth), Segment("info", 20, turn, depth)]
+    trajectory = Trajectory(segments, fold)
+    layout = unroll(trajectory)
+    expires, _ = retained(segments, fold)
+    contexts = [
+        [i for i in range(index + 1) if expires[i] > index]
+        for index, segment in enumerate(segments)
+        if segment.role == "action"
+    ]
+    prefixes = {tuple(context[:n]) for context in contexts for n in range(1, len(context) + 1)}
+    once = sum(segments[prefix[-1]].num_tokens for prefix in prefixes)
+    apart = sum(segments[i].num_tokens for context in contexts for i in context)
+    assert layout.num_tokens == once < apart
+    assert int(layout.loss_mask.sum()) == 5 * 7
+    assert sorted(layout.source[layout.loss_mask].tolist()) == sorted(
+        trajectory.loss_mask.nonzero().flatten().tolist()
+    )
