@@ -112,6 +112,10 @@ class BlockPlan:
             )
         if expiry.shape[-1] == 0:
             raise ValueError("expiry: expected at least one token, got none")
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            # A plan serves training, wherever it is made.
+            with torch.inference_mode(False):
+                return BlockPlan.from_expiry(expiry, floor)
         expiry = saturated(torch.atleast_2d(expiry))
         if floor is not None:
             floor = saturated(torch.atleast_2d(floor))
