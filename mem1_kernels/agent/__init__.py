@@ -1,8 +1,8 @@
 """The loop around the kernels: tags, environments, retrieval, scoring and the agent itself.
 
 `MemoryEfficientAgent` runs tasks; `python -m mem1_kernels.agent.evaluate` measures it. Environments
-and tasks stand in their own modules: `qa`, `factbook`, `webshop`, `tasks`. `make_world` makes a task
-by its name.
+and tasks stand in their own modules: `qa`, `factbook`, `webshop`, `tasks`. `make_world` makes a
+task by its name.
 """
 
 from mem1_kernels.agent.agent import MemoryEfficientAgent, Result, TurnRecord, resolve_model
