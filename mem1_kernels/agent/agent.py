@@ -591,7 +591,7 @@ def _result(
         wanted = len(episode.task.questions)
         answers = [""] * wanted
         if isinstance(answer, str):
-            said = split_answers(answer)
+            said = split_answers(answer, wanted)
             if len(said) == wanted:
                 answers = list(said)
             else:
