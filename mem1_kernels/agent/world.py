@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+from mem1_kernels._secrets import public_address
 from mem1_kernels.agent.qa import Question, RetrievalQA, compose, load_questions
 from mem1_kernels.agent.retrieval import is_address, open_retriever
 from mem1_kernels.agent.tasks import ChainTask, LookupTask, TableEnvironment, TableTask, Teacher
@@ -103,7 +104,7 @@ def make_world(
     for name, value in given.items():
         if value and not used[name]:
             kind = "the procedural shop" if task == "webshop" else f"task {task!r}"
-            raise ValueError(f"{name}: expected none for {kind}, got {value!r}")
+            raise ValueError(f"{name}: expected none for {kind}, got {public_address(value)!r}")
     if task in TOKEN_TASKS:
         return _token_world(task, sizes, eval_sizes, teacher_keep)
     if task == "webshop":
@@ -117,11 +118,8 @@ def make_world(
         for name, value in (("data", data), ("corpus", corpus)):
             if not value:
                 raise ValueError(f"{name}: expected one for task 'qa', got none")
-        questions = _factbook_questions(hops) if data == "factbook" else load_questions(data)
-        held_out = questions
-        if eval_data:
-            own = eval_data == "factbook"
-            held_out = _factbook_questions(hops) if own else load_questions(eval_data)
+        questions = _questions("data", data, hops)
+        held_out = _questions("eval_data", eval_data, hops) if eval_data else questions
     retriever = open_retriever(corpus or "factbook")
     return _listed(
         lambda: RetrievalQA(retriever, topk=topk),
@@ -162,6 +160,12 @@ def _try_sizes(option: str, sizes: Iterable[int], attempt: Callable[[int], Any])
             raise ValueError(f"{option}: {error}") from None
 
 
+def _questions(option: str, data: str, hops: Iterable[int]) -> list[Question]:
+    if data == "factbook":
+        return _factbook_questions(hops)
+    return load_questions(data, option=option)
+
+
 def _factbook_questions(hops: Iterable[int]) -> list[Question]:
     from mem1_kernels.agent.factbook import Factbook
 
@@ -194,8 +198,12 @@ def _shop_world(
     held_out: Sequence[Any]
     if address:
         if not is_address(address):
-            raise ValueError(f"corpus: expected the address of a WebShop server, got {address!r}")
-        environment = WebShop(RemoteSite(address))
+            got = public_address(address)
+            raise ValueError(f"corpus: expected the address of a WebShop server, got {got!r}")
+        try:
+            environment = WebShop(RemoteSite(address))
+        except ValueError as error:
+            raise ValueError(f"corpus: {error}") from None
         goals = _numbers("data", data)
         held_out = _numbers("eval_data", eval_data) if eval_data else goals
     else:

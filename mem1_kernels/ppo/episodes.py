@@ -15,9 +15,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mem1_kernels._text import printable
 from mem1_kernels.agent.agent import MemoryEfficientAgent
 from mem1_kernels.agent.episodes import Result
-from mem1_kernels.agent.text import printable
 from mem1_kernels.agent.world import TOKEN_TASKS, World, make_world
 from mem1_kernels.ppo.config import Config, load_object, retention_of
 from mem1_kernels.retention import Retention, Segment
