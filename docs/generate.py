@@ -1,4 +1,4 @@
-"""What the pages show and the code knows: the pictures of the masks, the tables of figures and options.
+"""What the pages show and the code knows: pictures of masks, tables of figures and of options.
 
     python -m docs.generate            draws the pictures into docs/images
     python -m docs.generate --tables   puts the tables into the pages
@@ -10,6 +10,7 @@ to the results in bench/results.
 from __future__ import annotations
 
 import argparse
+import ast
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -157,11 +158,25 @@ def options() -> str:
     return markdown(["option", "default", "values", "meaning"], rows)
 
 
+def examples() -> str:
+    """Every file in examples/: what its docstring says, and a box that includes its code."""
+    parts = []
+    for path in sorted((DOCS.parent / "examples").glob("*.py")):
+        said = ast.get_docstring(ast.parse(path.read_text()))
+        if said:
+            title = path.stem.replace("_", " ").capitalize()
+            box = f'??? example "examples/{path.name}"'
+            code = f'    ``` {{ .python }}\n    --8<-- "examples/{path.name}"\n    ```'
+            parts.append(f"## {title}\n\n{said.splitlines()[0]}\n\n{box}\n\n{code}")
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, Sequence[Callable[[], str]]] = {
+    "examples.md": (examples,),
     "performance.md": (attention, rollout, prune),
     "ppo.md": (options, hops, ablation),
 }
-"""The tables that each page holds between marks."""
+"""What each page holds between marks."""
 
 
 def tabled(page: str) -> str:
