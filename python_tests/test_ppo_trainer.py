@@ -273,8 +273,9 @@ def test_a_killed_and_resumed_run_repeats_the_whole_one(tmp_path):
     assert killed.returncode == -9, killed.stderr
     saved = [step for step, _ in checkpoints(path)]
     assert saved == [1, 2]
-    (path / "checkpoint-000003").mkdir()  # begun, and not complete
-    again = train(replace(config, resume=True), progress=False)
+    (path / "checkpoint-000003").mkdir()
+    with pytest.warns(UserWarning, match="checkpoint-000003 is damaged .*from checkpoint-000002"):
+        again = train(replace(config, resume=True), progress=False)
     lines = (path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == again.history
     assert untimed(again.history) == untimed(whole.history)
@@ -385,11 +386,11 @@ def test_numbers_that_are_not_finite_end_the_run(tmp_path):
 # several processes
 
 
-def run_together(command):
+def run_together(command, cwd=ROOT):
     """Runs a launcher of processes; one that does not end is told to take them with it."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as launcher:
+    with subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **pipes) as launcher:
         try:
             _, errors = launcher.communicate(timeout=300)
         except subprocess.TimeoutExpired:
@@ -439,16 +440,36 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         assert [step for step, _ in checkpoints(out)] == [0, 2]
 
 
+PARTS = """
+from dataclasses import replace
+from mem1_kernels import fold
+from mem1_kernels.agent.world import make_world
+from python_tests.talking_processes import Talk
+
+def make():
+    chain = make_world("chain", sizes=[1])
+    return replace(chain, make=Talk, depth=lambda turn: turn.number % 2)
+
+def fold_too(segments):
+    return fold(segments)
+"""
+
+
 def test_the_command_line_trains_in_two_processes(tmp_path):
-    """`accelerate launch -m mem1_kernels.ppo` with a config; one of the two writes and talks."""
+    """`accelerate launch -m mem1_kernels.ppo` with a config, and with a world and a policy of one's
+    own in the current directory; one of the two processes writes and talks.
+    """
+    (tmp_path / "my_parts.py").write_text(PARTS)
     # --cpu would start one process whatever --num_processes says; this way the CPU has two.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launch += ["--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
     launch += ["--dynamo_backend=no", "--main_process_port=0", "--tee=3"]
     launch += [f"--log_dir={tmp_path / 'logs'}", "-m", "mem1_kernels.ppo"]
     options = {
-        "config": "configs/chain.toml",
-        "out": tmp_path / "run",
+        "config": ROOT / "configs" / "chain.toml",
+        "environment": "my_parts:make",
+        "retention": "my_parts:fold_too",
+        "out": "run",
         "trackers": "",
         "sizes": 1,
         "steps": 2,
@@ -462,7 +483,7 @@ def test_the_command_line_trains_in_two_processes(tmp_path):
         "eval-sizes": 1,
         "eval-episodes": 4,
     }
-    run_together([*launch, *(f"--{name}={value}" for name, value in options.items())])
+    run_together([*launch, *(f"--{name}={value}" for name, value in options.items())], tmp_path)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [(r["step"], "evaluation" in r) for r in records] == [
@@ -471,11 +492,15 @@ def test_the_command_line_trains_in_two_processes(tmp_path):
         (1, False),
         (2, True),
     ]
-    assert all(r["log_prob_gap"] < 1e-3 for r in records if "reward" in r)
+    steps = [r for r in records if "reward" in r]
+    assert all(r["log_prob_gap"] < 1e-3 and r["dropped_per_turn"] > 0 for r in steps)
     left = {path.name for path in (tmp_path / "run" / "policy").iterdir()}
     assert left == {"config.json", "generation_config.json", "model.safetensors"}
     logs = {path.parent.name: path for path in (tmp_path / "logs").glob("**/stdout.log")}
     said = {rank: log.read_text().count("metrics.jsonl, curve.png") for rank, log in logs.items()}
+    assert said == {"0": 1, "1": 0}
+    logs = {path.parent.name: path for path in (tmp_path / "logs").glob("**/stderr.log")}
+    said = {rank: log.read_text().count("\nppo, step 2/2: ") for rank, log in logs.items()}
     assert said == {"0": 1, "1": 0}
 
 

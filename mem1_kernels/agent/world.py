@@ -24,6 +24,7 @@ from mem1_kernels.agent.retrieval import is_address, open_retriever
 from mem1_kernels.agent.tasks import ChainTask, LookupTask, TableEnvironment, TableTask, Teacher
 from mem1_kernels.agent.webshop import RemoteSite, Shop, ShopSite, WebShop
 from mem1_kernels.retention import Segment
+from mem1_kernels.rollout import Turn
 
 TASKS = ("chain", "lookup", "factbook", "qa", "webshop")
 TOKEN_TASKS = ("chain", "lookup")
@@ -43,6 +44,7 @@ class World:
         tokenizer: a Hugging Face tokenizer if environments speak text, None if they speak ids.
         eval_tasks: size -> every task of the evaluation, in a fixed order. None: there is no such
             list, and evaluation draws.
+        depth: for the retention policy `fold`: as `Generation.depth`. None: no branches.
     """
 
     draw: Callable[[int, random.Random], Any]
@@ -51,6 +53,7 @@ class World:
     draw_eval: Callable[[int, random.Random], Any] | None = None
     tokenizer: Any = None
     eval_tasks: Callable[[int], Sequence[Any]] | None = None
+    depth: Callable[[Turn], int] | None = None
 
 
 def make_world(

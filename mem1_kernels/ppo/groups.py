@@ -81,4 +81,4 @@ def rloo_advantages(scores: Tensor, group_ids: Tensor) -> Tensor:
     tensor([ 0.0000, -1.5000,  1.5000])
     """
     centred, group, sizes = _groups(scores, group_ids)
-    return (centred * (sizes / (sizes - 1))[group]).to(wide(scores.dtype))
+    return (centred * (sizes.double() / (sizes - 1))[group]).to(wide(scores.dtype))

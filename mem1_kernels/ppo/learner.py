@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from mem1_kernels.agent.tasks import VOCABULARY
 from mem1_kernels.block_plan import BlockPlan
 from mem1_kernels.hf import is_patched, patch, unpatch
-from mem1_kernels.ppo.config import Config
+from mem1_kernels.ppo.config import Config, loading
 from mem1_kernels.ppo.logprobs import token_log_probs
 from mem1_kernels.trajectory import Layout
 
@@ -31,6 +31,7 @@ def make_policy(config: Config) -> Any:
 
     Raises:
         ImportError: adapters are asked for, but peft is not installed.
+        ValueError: the model cannot be loaded.
     """
     import transformers
 
@@ -49,9 +50,10 @@ def make_policy(config: Config) -> Any:
         )
         policy: Any = transformers.Qwen2ForCausalLM(shape).to(getattr(torch, config.dtype))
     else:
-        policy = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype)
-        )
+        with loading("model", config.model):
+            policy = transformers.AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=getattr(torch, config.dtype)
+            )
     if config.lora_rank:
         try:
             import peft

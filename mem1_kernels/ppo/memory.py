@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from mem1_kernels.ppo.config import Config, read_config
+from mem1_kernels.ppo.config import Config, loading, read_config
 from mem1_kernels.ppo.logprobs import LOGITS_BUDGET
 
 
@@ -84,19 +84,35 @@ def table(budget: dict[str, int]) -> str:
     return "\n".join([*lines, f"{'sum':28}{sum(budget.values()) / 1e9:7.1f}"])
 
 
+def _count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {count}")
+    return count
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the budget of a config."""
     from transformers import AutoConfig
 
     parser = argparse.ArgumentParser("python -m mem1_kernels.ppo.memory", description=__doc__)
     parser.add_argument("config", help="TOML file of a run, its model named")
-    parser.add_argument("--processes", type=int, default=4, help="GPUs [4]")
+    parser.add_argument("--processes", type=_count, default=4, help="GPUs [4]")
     parser.add_argument(
-        "--peak-context", type=int, default=2048, help="tokens a cache row holds at most [2048]"
+        "--peak-context", type=_count, default=2048, help="tokens a cache row holds at most [2048]"
     )
     options = parser.parse_args(arguments)
-    config = read_config(options.config)
-    shape = AutoConfig.from_pretrained(config.model)
+    try:
+        config = read_config(options.config)
+        if config.model == "tiny":
+            raise ValueError("model: expected a Hugging Face id or a path, got 'tiny'")
+        with loading("model", config.model):
+            shape = AutoConfig.from_pretrained(config.model)
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: error: config: {options.config}: {error.strerror}\n")
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(
         table(
             memory_budget(
