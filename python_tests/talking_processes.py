@@ -5,6 +5,7 @@ several processes: `accelerate launch ... -m python_tests.talking_processes case
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import zlib
@@ -156,10 +157,26 @@ def check_precision(options: dict[str, Any]) -> None:
     assert not all(map(is_bfloat16, gradients.values()))
 
 
+def check_refused(options: dict[str, Any], wrap: str, said: str) -> None:
+    """FSDP2 that makes units of the layers called `wrap` is refused with these words."""
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = wrap
+    try:
+        Learner(Config(**options), make_accelerator("FSDP2", "no"))
+    except ValueError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(f"{wrap} was not refused")
+    finally:
+        del os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"]
+
+
 if __name__ == "__main__":
     for case in json.loads(Path(sys.argv[1]).read_text("utf-8")):
-        if case["kind"] == "precision":
-            check_precision(case["options"])
+        kind = case.pop("kind")
+        if kind == "precision":
+            check_precision(**case)
+        elif kind == "refused":
+            check_refused(**case)
         else:
-            run_case(case["kind"], case["options"])
+            run_case(kind, **case)
     end_processes()

@@ -482,6 +482,13 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     for name, every in (("recipe", 0), ("resumed recipe", 1)):
         options = small_recipe | {"save_every": every, "out": str(tmp_path / "FSDP2" / name)}
         cases.append({"kind": "FSDP2", "options": options})
+    # Units that hold weights which are read outside them.
+    for wrap, model, said in (
+        ("Linear", "tiny", "got Linear (policy.lm_head)"),
+        ("Qwen2Model", tied, "got Qwen2Model (policy.model)"),
+    ):
+        options = {"trackers": "", "model": model}
+        cases.append({"kind": "refused", "options": options, "wrap": wrap, "said": said})
     path = tmp_path / "cases.json"
     path.write_text(json.dumps(cases))
     run_together([*launch_of_the_recipe(), "-m", "python_tests.talking_processes", str(path)])

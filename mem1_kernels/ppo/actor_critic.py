@@ -57,11 +57,11 @@ def logit_transform(policy: Any) -> LogitTransform:
     one forward pass it replaces the head's output by chosen numbers, and looks at the logits.
 
     Args:
-        policy: a patched causal LM, or a PEFT model around one.
+        policy: a patched causal LM without dropout, or a PEFT model around one.
 
     Raises:
-        ValueError: the head is not a plain linear layer, or the model makes its logits in a way
-            that the two numbers do not describe.
+        ValueError: the head is not a plain linear layer, the model makes its logits in a way that
+            the two numbers do not describe, or it computes something else in training.
 
     >>> import transformers
     >>> shape = transformers.GraniteConfig(
@@ -82,14 +82,16 @@ def logit_transform(policy: Any) -> LogitTransform:
             f"policy: expected layers and final norm from get_decoder() of {name}, "
             f"got {type(decoder).__name__}"
         )
-    layout = Trajectory([Segment("prompt", [1, 2, 3])]).to(head.weight.device)
+    vocabulary, device = head.out_features, head.weight.device
+    token_ids = [number % vocabulary for number in range(1, 17)]
+    layout = Trajectory([Segment("prompt", token_ids)]).to(device)
     plan = BlockPlan.of(layout)
     # The first token's numbers are so small that no cap shows, the second's so large that only the
-    # cap shows. The third's are a spread of logits, for which scale and cap must explain all.
-    chosen = torch.empty(3, head.out_features, dtype=torch.float64, device=head.weight.device)
+    # cap shows. The others' are a spread of logits, which scale and cap must explain.
+    spread = torch.linspace(-100, 100, 41, dtype=torch.float64, device=device)
+    chosen = spread[torch.arange(16 * vocabulary, device=device) % len(spread)]
+    chosen = chosen.reshape(16, vocabulary)
     chosen[0], chosen[1] = 2.0**-60, 2.0**60
-    spread = torch.linspace(-100, 100, 41, dtype=torch.float64)
-    chosen[2] = spread[torch.arange(head.out_features) % len(spread)]
     read: list[Tensor] = []
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -97,15 +99,20 @@ def logit_transform(policy: Any) -> LogitTransform:
         return chosen.clone()[None]
 
     was_training = policy.training
-    policy.eval()
-    hidden = attend(policy, layout, plan)
     hook = head.register_forward_hook(replace)
     try:
-        logits = policy(**_inputs(layout, plan)).logits
+        hidden = attend(policy.train(), layout, plan)
+        logits = policy.eval()(**_inputs(layout, plan)).logits
+        quiet = attend(policy, layout, plan)
     finally:
         hook.remove()
         policy.train(was_training)
 
+    if not torch.equal(hidden, quiet):
+        raise ValueError(
+            f"policy: {name} computes other hidden states in training than in a rollout; expected "
+            "no dropout and no other noise"
+        )
     if len(read) != 1 or read[0].numel() != hidden.numel() or logits.shape != (1, *chosen.shape):
         raise ValueError(
             f"policy: expected one logit for each output of the LM head, {[1, *chosen.shape]}, "
@@ -117,13 +124,12 @@ def logit_transform(policy: Any) -> LogitTransform:
             f"policy: {name} changes its decoder's hidden states before the LM head; expected "
             "those states, or without a bias in the head a multiple of them"
         )
-    small, large, ordinary = logits[0].double()
-    after = float(small[0]) / 2.0**-60
-    softcap = float(large[0]) if large[0] < after * 2.0**59 else None
-    expected = chosen[2] * after
+    after, most = float(logits[0, 0, 0]) / 2.0**-60, float(logits[0, 1, 0])
+    softcap = most if most < after * 2.0**59 else None
+    expected = chosen * after
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
-    if not (after > 0 and torch.allclose(ordinary, expected, rtol=1e-6, atol=0.0)):
+    if not (after > 0 and torch.allclose(logits[0].double(), expected, rtol=1e-6, atol=0.0)):
         raise ValueError(
             f"policy: {name} changes the output x of its LM head; expected logits of the form "
             "s * x or c * tanh(s * x / c)"
@@ -141,11 +147,25 @@ def _factor(hidden: Tensor, read: Tensor) -> float | None:
     return factor if torch.allclose(b, factor * a, rtol=rtol, atol=0.0) else None
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Sets every dropout rate to 0: a rollout has none, and its log-probs are those of the update.
+
+    A rate is the `p` of a Dropout module, or a number that another module calls so (`dropout`,
+    `layerdrop`).
+    """
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name, value in vars(part).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(part, name, 0.0)
+
+
 class ActorCritic(nn.Module):
     """Policy and critic as one module, so that one wrapper (DDP, FSDP2) serves both.
 
     Args:
-        policy: a patched causal LM.
+        policy: a patched causal LM; its dropout is set to 0.
         critic: "head" reads the policy's hidden states, "detached" does so without training them,
             "model" is a second decoder with a head, "none" gives no values.
         temperature: of the distribution that the log-probs are of.
@@ -159,6 +179,7 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.policy = policy
+        without_dropout(policy)
         # cap(s x) / T, at scale s and softcap c, is cap(x) / T at T / s and c / s.
         scale, softcap = logit_transform(policy)
         self.temperature = temperature / scale

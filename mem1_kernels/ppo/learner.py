@@ -114,8 +114,7 @@ def check_accelerator(accelerator: Accelerator) -> None:
             raise ValueError(f"fsdp_{name}: expected false or none ({why}), got {got!r}")
     if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
         raise ValueError(
-            "fsdp_auto_wrap_policy: expected TRANSFORMER_BASED_WRAP or NO_WRAP, "
-            "got SIZE_BASED_WRAP"
+            "fsdp_auto_wrap_policy: expected TRANSFORMER_BASED_WRAP or NO_WRAP, got SIZE_BASED_WRAP"
         )
     low = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     given = plugin.mixed_precision_policy or MixedPrecisionPolicy()
@@ -191,9 +190,6 @@ class Learner:
             )
         critic = config.critic if config.algorithm == "ppo" else "none"
         module = ActorCritic(make_policy(config), critic, config.temperature, attend)
-        for part in module.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0  # the rollout has none, and its log-probs are those of the update
         policy = [p for p in module.policy.parameters() if p.requires_grad]
         inside = {id(p) for p in policy}
         rest = [p for p in module.parameters() if p.requires_grad and id(p) not in inside]
