@@ -23,7 +23,7 @@ from mem1_kernels.retention import (
 )
 from mem1_kernels.trajectory import Layout, Trajectory, pack, unroll
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockPlan",
