@@ -140,11 +140,11 @@ def build_config(sources: list[str], simd_levels: list[str], cuda_archs: str) ->
 
 
 def version_suffix() -> str:
-    """`+torch2.13` where MEM1_TORCH_IN_VERSION asks for it: the minor version built against."""
+    """`+torch2.13` on a wheel, where MEM1_TORCH_IN_VERSION asks for it: the torch built against."""
     choice = os.environ.get("MEM1_TORCH_IN_VERSION", "0")
     if choice not in ("0", "1"):
         raise SystemExit(f"MEM1_TORCH_IN_VERSION: expected 0 or 1, got {choice!r}")
-    if choice == "0" or MISSING is not None:
+    if choice == "0" or MISSING is not None or "sdist" in sys.argv:
         return ""
     return "+torch" + ".".join(torch.__version__.split(".")[:2])
 

@@ -94,7 +94,7 @@ def _triton(module: str, name: str) -> Callable:
     """
 
     def launch(*arguments):
-        launcher = getattr(importlib.import_module(f"mem1_kernels.ops.triton.{module}"), name)
+        launcher = getattr(importlib.import_module(f".triton.{module}", __package__), name)
         with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
             return launcher(*arguments)
 
