@@ -65,14 +65,18 @@ def missing(name: str) -> str:
     return "" if tool.exists() else f"triton comes without {tool.name}"
 
 
+def command(name: str, options: argparse.Namespace) -> list[str]:
+    """The command line of one benchmark."""
+    parts = [sys.executable, "-m", f"bench.{name}", "--out", str(Path(options.out).resolve())]
+    parts += ["--quick"] if options.quick else []
+    return parts + ([] if name in WITHOUT_DEVICE else ["--device", options.device])
+
+
 def run(name: str, options: argparse.Namespace) -> bool:
     """Runs one benchmark; whether it succeeded."""
-    command = [sys.executable, "-m", f"bench.{name}", "--out", str(Path(options.out).resolve())]
-    command += ["--quick"] if options.quick else []
-    command += [] if name in WITHOUT_DEVICE else ["--device", options.device]
     print(f"== {name}: {BENCHMARKS[name]}", flush=True)
     started = time.perf_counter()
-    code = subprocess.run(command, cwd=ROOT).returncode
+    code = subprocess.run(command(name, options), cwd=ROOT).returncode
     print(f"== {name}: exit {code}, {time.perf_counter() - started:.0f} s\n", flush=True)
     return code == 0
 

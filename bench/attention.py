@@ -292,9 +292,16 @@ def bench_case(case: Case, passes: list[str], peers: list[str], options: dict) -
     return rows
 
 
+QUICK = {
+    "tokens": [2048],
+    "layouts": ["qa", "causal"],
+    "passes": ["forward", "backward"],
+    "rounds": 3,
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
-    quick = "two layouts, 4,096 tokens, 5 rounds"
-    parser = cli.make_parser(__doc__, "attention", quick=quick)
+    parser = cli.make_parser(__doc__, "attention", quick=QUICK)
     add = parser.add_argument
     dtypes = ["float32", "float16", "bfloat16"]
     passes = ["plan", "forward", "backward", "all"]
@@ -314,9 +321,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     parser = make_parser()
-    options = parser.parse_args()
-    if options.quick:
-        options.tokens, options.layouts, options.rounds = [4096], ["qa", "causal"], 5
+    options = cli.parse(parser, QUICK)
     peers = list(PEERS[options.device]) if options.peers is None else options.peers
     unknown = set(peers) - set(PEERS[options.device])
     if unknown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -14,16 +15,18 @@ class Help(argparse.RawDescriptionHelpFormatter):
             return text
         if action.const is True:
             value = "on" if value else "off"
-        elif isinstance(value, (list, tuple)):
-            value = " ".join(map(str, value))
-        return f"{text} (default: {value})"
+        return f"{text} (default: {_shown(value)})"
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def make_parser(
     doc: str,
     name: str,
     *,
-    quick: str,
+    quick: dict[str, Any],
     devices: tuple[str, ...] = ("cpu", "cuda"),
     rounds: int | None = 15,
 ) -> argparse.ArgumentParser:
@@ -32,7 +35,7 @@ def make_parser(
     Args:
         doc: the docstring of the benchmark; it becomes the text of `--help`.
         name: of the benchmark's JSON file, without the suffix.
-        quick: what `--quick` measures.
+        quick: the options that `--quick` gives other defaults.
         devices: what `--device` may be; none: no such option.
         rounds: default of `--rounds`; None: no such option.
     """
@@ -43,9 +46,17 @@ def make_parser(
         )
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds, help="times that each is timed")
-    parser.add_argument("--quick", action="store_true", help=f"a smoke run: {quick}")
+    shown = ", ".join(f"--{name.replace('_', '-')} {_shown(x)}" for name, x in quick.items())
+    parser.add_argument("--quick", action="store_true", help=f"a smoke run: {shown}")
     parser.add_argument(
         "--out", metavar="FOLDER", help="folder to write NAME.json into (default: nothing is kept)"
     )
     parser.add_argument("--name", default=name, help="name of that file, without .json")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, quick: dict[str, Any]) -> argparse.Namespace:
+    """The command line's options. With `--quick` those that it does not name are the quick ones."""
+    if parser.parse_args().quick:
+        parser.set_defaults(**quick)
+    return parser.parse_args()

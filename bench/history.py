@@ -13,22 +13,21 @@ from pathlib import Path
 from bench.record import RESULTS, ROOT, Report, output
 
 
-def committed(folder: Path = RESULTS) -> list[Report]:
-    """Every version of every result file below the folder, oldest first; none without git.
+def committed(root: Path = ROOT) -> list[Report]:
+    """Every version of every file in bench/results, oldest first; none without git.
 
     Args:
-        folder: inside the repository.
+        root: of the repository.
     """
-    below = folder.relative_to(ROOT).as_posix()
-    log = output(
-        "git", "log", "--format=%x00%H %ct", "--name-only", "--diff-filter=AM", "--", below
-    )
+    below = RESULTS.relative_to(ROOT).as_posix()
+    git = ("git", "-C", str(root))
+    log = output(*git, "log", "--format=%x00%H %ct", "--name-only", "--diff-filter=AM", "--", below)
     reports = []
     for entry in (log or "").split("\0")[1:]:
         head, *paths = entry.split("\n")
         commit, stored = head.split()
         for path in filter(lambda path: path.endswith(".json"), paths):
-            text = output("git", "show", f"{commit}:{path}")
+            text = output(*git, "show", f"{commit}:{path}")
             assert text is not None
             name = Path(path).relative_to(below).with_suffix("").as_posix()
             reports.append(Report(name, json.loads(text), float(stored)))
@@ -40,7 +39,7 @@ def measured_at(report: Report) -> float:
     date = report.environment.get("date")
     if date is not None:
         return datetime.fromisoformat(date).timestamp()
-    commit = report.environment.get("commit", "").removesuffix("-dirty")
+    commit = (report.environment.get("commit") or "").removesuffix("-dirty")
     known = output("git", "show", "-s", "--format=%ct", commit) if commit else None
     return float(known or report.stored or 0)
 

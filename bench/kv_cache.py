@@ -443,9 +443,17 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
 }
 
 
+QUICK = {
+    "models": ["qwen2.5-7b"],
+    "batch": [1, 8],
+    "survivors": [356],
+    "context": [1400],
+    "rounds": 3,
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
-    quick = "one model, few shapes, 5 rounds"
-    parser = cli.make_parser(__doc__, "kv_cache", quick=quick)
+    parser = cli.make_parser(__doc__, "kv_cache", quick=QUICK)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which ops are timed")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="whose cache's shape")
@@ -468,11 +476,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = make_parser().parse_args()
-    if args.quick:
-        args.models, args.batch, args.survivors = ["qwen2.5-7b"], [1, 8], [356, 1000]
-        args.context = [1400]
-        args.rounds = 5
+    args = cli.parse(make_parser(), QUICK)
     if args.cache_bytes is None:
         args.cache_bytes = CACHE_BYTES[args.device]
     with torch.inference_mode():

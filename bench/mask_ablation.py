@@ -80,14 +80,11 @@ Curves = dict[str, dict[str, list[list[float]]]]
 """Warm start -> mask -> a figure of each seed's run, step by step."""
 
 
+QUICK = {"steps": 2, "warm_starts": ["exact"]}
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(
-        __doc__,
-        "mask_ablation",
-        quick="two PPO steps from the exact warm start",
-        devices=(),
-        rounds=None,
-    )
+    parser = cli.make_parser(__doc__, "mask_ablation", quick=QUICK, devices=(), rounds=None)
     add = parser.add_argument
     starts = list(WARM_STARTS)
     add("--config", default="configs/chain.toml", help="TOML file of the run")
@@ -100,9 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     parser = make_parser()
-    options = parser.parse_args()
-    if options.quick:
-        options.steps, options.seeds, options.warm_starts = 2, 1, ["exact"]
+    options = cli.parse(parser, QUICK)
     if options.work and Path(options.work).exists():
         parser.error(f"--work: expected a folder that is not there yet, got {options.work}")
     with TemporaryDirectory() as folder:

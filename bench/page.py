@@ -159,7 +159,7 @@ def _glance(found: Sequence[Block]) -> str:
         title = block.section.title
         link = f'<a href="#{_anchor(title)}">{title}</a>'
         first = block.reports[0]
-        package = "torch" if "torch" in first.versions else "triton"
+        package = "triton" if "capability" in first.content else "torch"
         version = f"{package} {first.versions.get(package, 'not recorded')}"
         cells = (first.device, version, _measured(first), str(len(lines)))
         rows.append(f"<tr><td>{link}</td>{''.join(f'<td>{escape(x)}</td>' for x in cells)}")
@@ -195,7 +195,9 @@ def _lines(block: Block) -> str:
 
 def _block(block: Block) -> str:
     first = block.reports[0]
-    parts = [f"<h3>{escape(first.device)}</h3>", _environment(block)]
+    quick = any(report.content.get("options", {}).get("quick") for report in block.reports)
+    heading = first.device + (" (--quick: a smoke run, not a measurement)" if quick else "")
+    parts = [f"<h3>{escape(heading)}</h3>", _environment(block)]
     pictures = block.section.pictures(block.rows, first.device)
     parts += [_picture(picture) for picture in pictures[:1]]
     if pictures[1:]:
@@ -218,12 +220,12 @@ def _environment(block: Block) -> str:
     if environment.get("cuda"):
         versions.append(f"CUDA {environment['cuda']}, driver {environment['driver']}")
     said["versions"] = ", ".join(versions)
-    dtypes = dict.fromkeys(row["dtype"] for row in block.rows if row.get("dtype"))
+    said["dtype"] = _dtype(block)
     for report in block.reports:
         options = report.content.get("options")
         label = f"options of {report.name}" if len(block.reports) > 1 else "options"
         if options is None:
-            said[label] = "not recorded in this file" + ("" if dtypes else ", nor is the dtype")
+            said[label] = "not recorded in this file"
         else:
             said[label] = ", ".join(
                 f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
@@ -233,6 +235,14 @@ def _environment(block: Block) -> str:
     return _list(said)
 
 
+def _dtype(block: Block) -> str:
+    """The dtypes of the rows; else that of the options."""
+    found = [row["dtype"] for row in block.rows if row.get("dtype")]
+    found += [report.content.get("options", {}).get("dtype") for report in block.reports]
+    named = ", ".join(dict.fromkeys(filter(None, found)))
+    return named or "not recorded in this file"
+
+
 def _list(said: dict[str, str]) -> str:
     items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in said.items())
     return f"<dl>{items}</dl>" if items else ""
@@ -240,10 +250,11 @@ def _list(said: dict[str, str]) -> str:
 
 def _measured(report: Report) -> str:
     """Commit and day of the measurement; where that day is not recorded, the commit's."""
-    if "commit" not in report.environment:
-        return report.commit
-    day = _day(measured_at(report))
-    return f"{report.commit}, {day if 'date' in report.environment else f'committed {day}'}"
+    if report.environment.get("date"):
+        return f"{report.commit}, {_day(measured_at(report))}"
+    if report.environment.get("commit"):
+        return f"{report.commit}, committed {_day(measured_at(report))}"
+    return report.commit
 
 
 def _day(seconds: float) -> str:

@@ -136,9 +136,11 @@ def rows_for(turns: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+QUICK = {"turns": [2, 4], "layers": 2, "rounds": 1}
+
+
 def make_parser() -> argparse.ArgumentParser:
-    quick = "2 and 4 turns, two layers, one round"
-    parser = cli.make_parser(__doc__, "rollout", quick=quick, rounds=3)
+    parser = cli.make_parser(__doc__, "rollout", quick=QUICK, rounds=3)
     add = parser.add_argument
     ways = ["reprefill", "full", "hf full"]
     add("--turns", nargs="+", type=int, default=[2, 8, 16], help="lengths of the rollout")
@@ -151,9 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = make_parser().parse_args()
-    if args.quick:
-        args.turns, args.layers, args.rounds = [2, 4], 2, 1
+    args = cli.parse(make_parser(), QUICK)
     print_row({name: name for name in COLUMNS}, COLUMNS)
     rows = []
     for turns in args.turns:

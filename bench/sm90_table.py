@@ -184,14 +184,12 @@ def markdown(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+QUICK = {"passes": PASSES[:3], "dtypes": ["bf16"], "head_dims": [128]}
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(
-        __doc__,
-        f"triton-{triton.__version__}",
-        quick="the three attention passes in bf16 at head_dim 128",
-        devices=(),
-        rounds=None,
-    )
+    name = f"triton-{triton.__version__}"
+    parser = cli.make_parser(__doc__, name, quick=QUICK, devices=(), rounds=None)
     add = parser.add_argument
     add("--passes", nargs="+", choices=PASSES, default=PASSES, help="which kernels")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of q, k, v")
@@ -204,10 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = make_parser().parse_args()
-    if args.quick:
-        args.passes, args.dtypes, args.head_dims = PASSES[:3], ["bf16"], [128]
-
+    args = cli.parse(make_parser(), QUICK)
     _, configs = _modules()
     rows: list[dict[str, object]] = []
     for name in args.passes:
