@@ -1,7 +1,7 @@
 """Runs the benchmarks, prints one table and writes one HTML page.
 
-    python -m bench --quick              # a smoke run of all: about 5 minutes on two cores
-    python -m bench                      # the full runs: hours on two cores
+    python -m bench --quick              # a smoke run of all: a few minutes
+    python -m bench                      # the full runs: much longer
     python -m bench --only attention rollout
     python -m bench --report             # runs nothing: the page of bench/results
     python -m bench --report out/bench   # the page of another folder of result files

@@ -46,7 +46,7 @@ def plot(history: Sequence[Mapping[str, Any]], path: Path, size: str = "size of 
 
     Args:
         history: the records of metrics.jsonl.
-        path: where to; its suffix says the format.
+        path: where to; SVG if it ends in .svg, else PNG.
         size: what a size counts, such as hops; label of the lower x axes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,10 +66,10 @@ def plot(history: Sequence[Mapping[str, Any]], path: Path, size: str = "size of 
     rewards = [record["reward"] for record in trained]
     axes[0, 0].plot(steps, rewards, "o-", color="#2a9d8f")
     axes[0, 0].set(xlabel="PPO step", ylabel="mean reward in training")
-    if min(rewards, default=0) >= 0:
+    if min((reward for reward in rewards if reward is not None), default=0) >= 0:
         axes[0, 0].set(ylim=(0, None))
     for name, label, style, colour in lengths:
-        axes[0, 1].plot(steps, [r[name] for r in trained], style, color=colour, label=label)
+        axes[0, 1].plot(steps, [r.get(name) for r in trained], style, color=colour, label=label)
     axes[0, 1].set(xlabel="PPO step", ylabel="tokens per episode, training", ylim=(0, None))
     axes[0, 1].legend(frameon=False)
     for axis in axes[0]:
@@ -96,7 +96,7 @@ def plot(history: Sequence[Mapping[str, Any]], path: Path, size: str = "size of 
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="svg" if path.suffix == ".svg" else "png")
 
 
 class Log:
