@@ -21,7 +21,8 @@ from mem1_kernels.retention import (
     mem1,
     mem1_release,
 )
-from mem1_kernels.trajectory import Layout, Trajectory, pack, unroll
+from mem1_kernels.trajectory import Layout, Trajectory, pack
+from mem1_kernels.tree import TokenRow, TreeLayout, pack_tree, unroll
 
 __version__ = "0.1.0"
 
@@ -31,7 +32,9 @@ __all__ = [
     "Retention",
     "Rope",
     "Segment",
+    "TokenRow",
     "Trajectory",
+    "TreeLayout",
     "append_kv_",
     "cached_attention",
     "fold",
@@ -40,6 +43,7 @@ __all__ = [
     "mem1",
     "mem1_release",
     "pack",
+    "pack_tree",
     "prune_kv_",
     "prune_paged_kv_",
     "trajectory_attention",

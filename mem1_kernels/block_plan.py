@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,10 @@ class BlockPlan:
     A column is split when its list is longer than max(8, twice the mean), so that a prompt that
     every later token sees does not become one program that outlasts all others.
 
+    A plan made `of` a layout also carries what a model needs to know of it beside the mask:
+    `predecessor`, int64 `[1, tokens]`, the token whose logits predict each one (-1: none; None: not
+    known), and `needs_position_ids`, whether the positions are others than 0, 1, 2, ...
+
     Memory: 4 n(n+1) + O(n) bytes a layout for the lists, whatever the layout: 4.2 MB at 128K
     tokens, 0.27 MB at 32K. Building it took 0.6 ms at 8K, 2.3 ms at 32K and 34 ms at 128K tokens
     on two CPU cores; on a GPU it has not been measured.
@@ -50,6 +55,8 @@ class BlockPlan:
     expiry: Tensor
     floor: Tensor | None
     lists: Tensor
+    predecessor: Tensor | None = None
+    needs_position_ids: bool = False
 
     def __repr__(self) -> str:
         return f"BlockPlan({self.expiry.shape[0]} x {self.tokens} tokens, {self.expiry.device})"
@@ -57,6 +64,9 @@ class BlockPlan:
     @staticmethod
     def of(layout: Layout) -> BlockPlan:
         """Plans a layout: its expiry and, where it has one, its floor.
+
+        A patched model that gets this plan raises where the layout's `position_ids` are missing but
+        needed, and where `labels=` would go by other predecessors than the layout's.
 
         Raises:
             TypeError: something that is no Layout.
@@ -68,7 +78,12 @@ class BlockPlan:
         """
         if not isinstance(layout, Layout):
             raise TypeError(f"layout: expected a Layout, got {type(layout).__name__}")
-        return BlockPlan.from_expiry(layout.expiry, layout.floor)
+        plan = BlockPlan.from_expiry(layout.expiry, layout.floor)
+        return replace(
+            plan,
+            predecessor=layout.predecessor[None],
+            needs_position_ids=not layout.positions_are_consecutive,
+        )
 
     @staticmethod
     def from_expiry(expiry: Tensor, floor: Tensor | None = None) -> BlockPlan:
@@ -97,6 +112,10 @@ class BlockPlan:
             )
         if expiry.shape[-1] == 0:
             raise ValueError("expiry: expected at least one token, got none")
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            # A plan serves training, wherever it is made.
+            with torch.inference_mode(False):
+                return BlockPlan.from_expiry(expiry, floor)
         expiry = saturated(torch.atleast_2d(expiry))
         if floor is not None:
             floor = saturated(torch.atleast_2d(floor))
@@ -132,11 +151,12 @@ class BlockPlan:
     def to(self, device: torch.device | str) -> BlockPlan:
         """This plan on another device."""
         on_its_way = torch.device(device).type == "cuda"  # to the CPU it would be read unfinished
-        moved = {
-            name: None if value is None else value.to(device, non_blocking=on_its_way)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=on_its_way)
             for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
-        return BlockPlan(**moved)  # type: ignore[arg-type]
+        return replace(self, **moved)
 
 
 NAMES = (

@@ -90,7 +90,7 @@ def windowed(
     Raises:
         ValueError: shapes that do not fit, a window < 1, or (checked on the CPU; a device-side
             assertion on a GPU) a query that sees keys whose positions do not rise.
-        TypeError: position_ids that are no integers.
+        TypeError: position_ids or a window that are not integers.
 
     >>> windowed(torch.tensor([5, 5, 5, 5, 5]), None, torch.arange(5), 2)[1].tolist()
     [0, 0, 1, 2, 3]
@@ -99,7 +99,9 @@ def windowed(
     [0, 0, 1, 1]
     """
     check_expiry(expiry, floor)
-    if not isinstance(window, int) or window < 1:
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window: expected an int, got {type(window).__name__}")
+    if window < 1:
         raise ValueError(f"window: expected at least 1 token, got {window}")
     if not isinstance(position_ids, Tensor) or position_ids.dtype not in (torch.int32, torch.int64):
         kind = getattr(position_ids, "dtype", type(position_ids).__name__)
@@ -153,7 +155,8 @@ def window_floor(expiry: Tensor, position_ids: Tensor, window: int) -> Tensor:
     climbs = [torch.nn.functional.pad(parent, (1, 0))]
     for _ in range(min(window - 1, count).bit_length() - 1):
         climbs.append(climbs[-1].gather(1, climbs[-1]))
-    outside = position_ids - window
+    least = torch.iinfo(position_ids.dtype).min  # a difference below it is below all positions
+    outside = position_ids.clamp(min=least + window) - window
     node = node[:, 1:]
     for climb in reversed(climbs if window > 1 else []):
         further = climb.gather(1, node)

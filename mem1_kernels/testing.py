@@ -74,7 +74,10 @@ def plain_attention(
     k_all, v_all = (x.repeat_interleave(group, 2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k_all) * scale
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+        capped = torch.tanh(scores / softcap)
+        # 1 - tanh^2, as autograd has it; in fp64 without its cancellation
+        slope = 1 - capped**2 if dtype != torch.float64 else 1 / torch.cosh(scores / softcap) ** 2
+        scores = softcap * capped
     wide = scores.to(torch.float64 if dtype == torch.float64 else torch.float32)
     wide = wide.masked_fill(~mask[:, None], -torch.inf)
     lse = wide.logsumexp(3)
@@ -85,7 +88,7 @@ def plain_attention(
         delta = delta - grad_lse.to(dtype).masked_fill(blind[:, None], 0)
     d_scores = p * (torch.einsum("bqhd,bkhd->bhqk", d_out, v_all) - delta[..., None])
     if softcap:
-        d_scores = d_scores * (1 - (scores / softcap) ** 2)
+        d_scores = d_scores * slope
     d_scores = d_scores * scale
     d_query = torch.einsum("bhqk,bkhd->bqhd", d_scores, k_all)
     d_key = torch.einsum("bhqk,bqhd->bkhd", d_scores, q).unflatten(2, (kv_heads, group)).sum(3)

@@ -137,6 +137,49 @@ class Layout:
         """How many (query, key) pairs are visible: the exact work of attention over this layout."""
         return visible_pairs(self.expiry, self.floor)
 
+    @cached_property
+    def positions_are_consecutive(self) -> bool:
+        """Whether `position_ids` are 0, 1, 2, ..., as a model takes them by default."""
+        index = torch.arange(self.num_tokens, device=self.position_ids.device)
+        return torch.equal(self.position_ids, index)
+
+    def shift_labels(self, ignore_index: int = -100) -> Tensor:
+        """What each token has to predict, as transformers' `shift_labels=` takes it.
+
+        A causal LM's own `labels=` are moved by one, which is wrong where a token is not predicted
+        by the one before it. Pass these for both: `labels=shifted, shift_labels=shifted`.
+
+        Args:
+            ignore_index: what stands where a token predicts nothing in the loss.
+
+        Returns:
+            int64 `[tokens]`: the id of the generated token that each token predicts.
+
+        Raises:
+            ValueError: the layout has no token ids; a generated token that nothing predicts; or,
+                in a tree, a token that predicts several (the last of a prompt with branches): then
+                gather the logits by `predecessor` instead.
+
+        >>> Trajectory([Segment("prompt", [5, 6]), Segment("action", [7, 8], 1)]).shift_labels()
+        tensor([-100,    7,    8, -100])
+        """
+        if self.token_ids is None:
+            raise ValueError("layout: has no token ids; its segments were given as counts")
+        generated = self.loss_mask.nonzero().flatten()
+        before = self.predecessor[generated]
+        if bool((before < 0).any()):
+            token = int(generated[before < 0][0])
+            raise ValueError(f"layout: token {token} is generated, but nothing predicts it")
+        if len(before.unique()) < len(before):
+            token = int(before[before.bincount()[before] > 1][0])
+            raise ValueError(
+                f"layout: token {token} predicts the first token of several branches, which "
+                "shift_labels cannot say; gather the logits by layout.predecessor"
+            )
+        return torch.full_like(self.predecessor, ignore_index).index_put(
+            (before,), self.token_ids[generated]
+        )
+
     def replaced(self, **changes: Any) -> Layout:
         """This layout with some fields replaced, as a plain Layout.
 
@@ -156,9 +199,12 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         """This layout with its tensors on `device`."""
         tensors = {name: getattr(self, name) for name in _PER_TOKEN}
-        return self.replaced(
+        moved = self.replaced(
             **{name: None if x is None else x.to(device) for name, x in tensors.items()}
         )
+        # Known here, it need not be read back from the device there.
+        moved.__dict__["positions_are_consecutive"] = self.positions_are_consecutive
+        return moved
 
     def plot(self, path: str | Path, *, max_pixels: int = 1200) -> None:
         """Draws the mask with its segments along both axes into the image file `path`.
@@ -382,91 +428,3 @@ def _check_shared_prompt(group: Sequence[Layout]) -> int:
             if mine is not None and not torch.equal(mine[:shared], first[:shared]):
                 raise ValueError(f"items: member {number} of a group has another prompt ({name})")
     return shared
-
-
-def unroll(trajectory: Trajectory) -> Layout:
-    """The re-prefill form: what an engine computes that sends the live text again every turn.
-
-    Behind the shared prompt stands one branch a turn: the segments that are alive when the turn
-    starts, at compact positions, and then what the turn writes. (Turns before which nothing was
-    dropped go on in the branch they are in: it is the same computation.) Every generated token is
-    in the loss exactly once, in the branch that generated it.
-
-    Raises:
-        ValueError: the policy sets floors (an engine that sends text again cannot hide a part of
-            it), or the prompt expires.
-
-    >>> turn = lambda t: [Segment("action", 1, t), Segment("info", 2, t)]
-    >>> layout = unroll(Trajectory([Segment("prompt", 2), *turn(1), *turn(2), *turn(3)]))
-    >>> [(span.role, span.turn) for span in layout.spans]  # doctest: +NORMALIZE_WHITESPACE
-    [('prompt', 0), ('action', 1), ('info', 1), ('action', 2),
-     ('action', 2), ('info', 2), ('action', 3)]
-    >>> layout.position_ids.tolist()
-    [0, 1, 2, 3, 4, 5, 2, 3, 4, 5]
-    >>> layout.loss_mask.int().tolist()
-    [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
-    """
-    if not isinstance(trajectory, Trajectory):
-        raise TypeError(f"trajectory: expected a Trajectory, got {type(trajectory).__name__}")
-    segments = trajectory.segments
-    expires, floors = retained(segments, trajectory.retention)
-    if floors is not None:
-        raise ValueError("trajectory: a policy with floors has no re-prefill form")
-    prompts = 0
-    while prompts < len(segments) and segments[prompts].role == "prompt":
-        prompts += 1
-    if any(expires[index] < len(segments) for index in range(prompts)):
-        raise ValueError("trajectory: its prompt expires, so its turns share none")
-
-    branches: list[list[int]] = []
-    fresh: list[set[int]] = []
-    written = prompts
-    for index in range(prompts, len(segments)):
-        if segments[index].role not in GENERATED:
-            continue
-        alive = [past for past in range(prompts, index) if expires[past] > index]
-        if branches and branches[-1] == [past for past in alive if past < written]:
-            branches[-1] = [*alive, index]
-        else:
-            branches.append([*alive, index])
-            fresh.append(set())
-        fresh[-1].add(index)
-        written = index + 1
-
-    prompt = trajectory.spans[prompts - 1].stop if prompts else 0
-    total = prompt + sum(segments[index].num_tokens for branch in branches for index in branch)
-    source = [torch.arange(prompt)]
-    expiry = [torch.full((prompt,), total, dtype=torch.int32)]
-    positions, before = [torch.arange(prompt)], [torch.arange(prompt) - 1]
-    loss_mask = [torch.zeros(prompt, dtype=torch.bool)]
-    spans = list(trajectory.spans[:prompts])
-    base = prompt
-    for branch, generated in zip(branches, fresh, strict=True):
-        start = base
-        for index in branch:
-            span = trajectory.spans[index]
-            count = span.stop - span.start
-            source.append(torch.arange(span.start, span.stop))
-            loss_mask.append(torch.full((count,), index in generated))
-            spans.append(span._replace(start=base, stop=base + count))
-            base += count
-        expiry.append(torch.full((base - start,), base, dtype=torch.int32))
-        positions.append(torch.arange(prompt, prompt + base - start))
-        before.append(torch.arange(start - 1, base - 1))
-        before[-1][:1] = prompt - 1
-    where = torch.cat(source)
-    ids = trajectory.token_ids
-    return Layout(
-        expiry=torch.cat(expiry),
-        floor=None,
-        position_ids=torch.cat(positions),
-        loss_mask=torch.cat(loss_mask),
-        predecessor=torch.cat(before),
-        document=torch.zeros_like(where),
-        num_documents=1,
-        source=where,
-        source_tokens=trajectory.num_tokens,
-        token_ids=None if ids is None else ids[where],
-        spans=tuple(spans),
-        positions="reprefill",
-    )

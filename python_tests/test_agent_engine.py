@@ -180,6 +180,66 @@ def test_replies_that_cannot_be_used_say_why(message):
     assert len(server.requests) == 1
 
 
+def limited(model, tokenizer, limit):
+    """A server whose context holds so many tokens."""
+    answer = completions(greedy_writer(model, tokenizer))
+
+    def reply(request):
+        sent = len(request.json["prompt"])
+        if sent + request.json["max_tokens"] > limit:
+            return 400, {"error": {"message": f"maximum context length is {limit}, sent {sent}"}}
+        return answer(request)
+
+    return reply
+
+
+def test_a_row_past_the_servers_context_ends_alone(model, tokenizer):
+    """The third prompt has 17 tokens; with two turns and observations it does not fit."""
+    with serve(limited(model, tokenizer, 44)) as server:
+        generation = replace(GENERATION, temperature=0.0, retention=keep_all)
+        rollouts = engine_for(server).run(PROMPTS, world, generation)
+        assert [len(rollout.turns) for rollout in rollouts][1:] == [1, 2]
+        assert "status 400: " in rollouts[2].error and "context length is 44" in rollouts[2].error
+        assert rollouts[1].error == ""
+        assert largest_difference(model, rollouts) <= 2e-5
+        with pytest.raises(EngineError, match="maximum context length is 44"):
+            engine_for(server).run([list(range(4, 44))], world, generation)
+
+
+def test_rows_fail_one_by_one_and_the_others_go_on():
+    """Of three rows one is refused, one times out and one is answered, in the second turn."""
+    calls = dict.fromkeys((5, 6, 7), 0)
+
+    def reply(request):
+        row = request.json["prompt"][0]
+        calls[row] += 1
+        if calls[row] == 2:
+            if row == 5:
+                return 413, {"error": {"message": "too long"}}
+            if row == 6:
+                time.sleep(1.0)
+        return one_choice(token_ids=[9])
+
+    with serve(reply) as server:
+        engine = engine_for(server, timeout=0.5, retries=0)
+        rollouts = engine.run([[5], [6], [7]], lambda turns: [[8]] * len(turns), GENERATION)
+    assert [len(rollout.turns) for rollout in rollouts] == [1, 1, GENERATION.max_turns]
+    assert "status 413" in rollouts[0].error and "no answer in time" in rollouts[1].error
+    for rollout in rollouts:
+        assert rollout.trajectory.segments[0].role == "prompt"
+        assert int(rollout.log_probs.ne(0).sum()) == len(rollout.turns)
+
+
+def test_a_server_that_dies_on_the_way_ends_all_rows_and_raises_nothing():
+    replies = iter([one_choice(token_ids=[9])] * 2)
+    dead = 500, {"error": {"message": "out of memory"}}
+    with serve(lambda request: next(replies, dead)) as server:
+        engine = engine_for(server, retries=0)
+        rollouts = engine.run([[5], [6]], lambda turns: [[8]] * len(turns), GENERATION)
+    assert [len(rollout.turns) for rollout in rollouts] == [1, 1]
+    assert all("out of memory" in rollout.error for rollout in rollouts)
+
+
 def test_a_busy_server_is_asked_again():
     replies = iter([(503, {"error": "busy"}), one_choice(token_ids=[7])])
     with serve(lambda request: next(replies)) as server:

@@ -373,6 +373,38 @@ def test_a_server_as_the_engine(make_agent, model, tokenizer, corpus):
     assert largest_difference(model, there) <= 2e-5
 
 
+def test_an_episode_whose_row_the_server_ends_is_marked(tokenizer, corpus):
+    """One task's prompt is longer than the server's context; the other one is played."""
+
+    def write(prompt, asked):
+        ids = tokenizer.encode("<think>?</think><answer>a; b</answer>", add_special_tokens=False)
+        return ids, [-1.0] * len(ids), "stop"
+
+    answer = completions(write)
+
+    def reply(request):
+        if len(request.json["prompt"]) > 900:
+            return 400, {"error": {"message": "maximum context length is 900"}}
+        return answer(request)
+
+    long = QATask(("What? " * 400, "And?"), TASK.golden_answers)
+    with serve(reply) as server:
+        agent = MemoryEfficientAgent(
+            "tiny",
+            engine=f"{server.url}/v1",
+            tokenizer=tokenizer,
+            environment=corpus,
+            max_new_tokens=60,
+            progress=False,
+        )
+        results = agent.run([TASK, long, TASK], max_turns=3)
+    assert [result.failed for result in results] == [False, True, False]
+    assert [result.answers for result in results] == [["a", "b"], ["", ""], ["a", "b"]]
+    assert results[1].error.startswith("EngineError: server http")
+    assert "maximum context length is 900" in results[1].error
+    assert results[1].turns == []
+
+
 def test_environments_by_address_path_and_class(tmp_path, make_agent, corpus):
     write_corpus(PASSAGES, tmp_path / "corpus.jsonl")
     for given, kind in (
@@ -425,7 +457,7 @@ def test_an_engine_of_ones_own(monkeypatch, model, tokenizer, corpus):
 
 def test_a_model_that_is_not_there(tmp_path, corpus):
     agent = MemoryEfficientAgent(str(tmp_path / "nothing"), environment=corpus)
-    with pytest.raises(OSError, match="nothing' is neither a folder nor to be had"):
+    with pytest.raises(OSError, match="nothing' is neither a folder nor available"):
         agent.process("", ["?"])
 
 

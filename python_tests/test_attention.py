@@ -302,12 +302,12 @@ VALUE_ERRORS = {
     "plan: expected 8 tokens in 1 or 2 rows, got \\[1, 9\\]": {
         "plan": BlockPlan.from_expiry(torch.zeros(9).int())
     },
-    "softcap: expected a float32 > 0 or None, got -1": {"softcap": -1.0},
-    "softcap: expected a float32 > 0 or None, got inf": {"softcap": torch.inf},
-    "softcap: expected a float32 > 0 or None, got 1e-50": {"softcap": 1e-50},
-    "scale: expected a float32 > 0 or None, got -0.5": {"scale": -0.5},
-    "scale: expected a float32 > 0 or None, got 0": {"scale": 0},
-    "scale: expected a float32 > 0 or None, got nan": {"scale": torch.nan},
+    "softcap: expected 1e-18 to 1e18 or None, got -1": {"softcap": -1.0},
+    "softcap: expected 1e-18 to 1e18 or None, got inf": {"softcap": torch.inf},
+    "softcap: expected 1e-18 to 1e18 or None, got 1e-50": {"softcap": 1e-50},
+    "scale: expected 1e-18 to 1e18 or None, got -0.5": {"scale": -0.5},
+    "scale: expected 1e-18 to 1e18 or None, got 0": {"scale": 0},
+    "scale: expected 1e-18 to 1e18 or None, got nan": {"scale": torch.nan},
     "key: expected on cpu like query, got meta": {"key": torch.zeros(2, 8, 1, 16, device="meta")},
 }
 

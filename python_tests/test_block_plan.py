@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mem1_kernels import BlockPlan, visible
+from mem1_kernels import BlockPlan, pack, unroll, visible
 from mem1_kernels.block_plan import BLOCK, MIN_CHUNK
 from mem1_kernels.testing import random_expiry, turns
 
@@ -123,7 +123,27 @@ def test_int64_and_strided_input_give_the_same_plan():
     assert torch.equal(got.lists, want.lists)
 
 
+def test_a_plan_of_a_layout_knows_what_a_model_must_be_given():
+    line = turns(9, 3, 2, 2, 6)
+    plan = BlockPlan.of(line)
+    assert torch.equal(plan.lists, BlockPlan.from_expiry(line.expiry).lists)
+    assert plan.predecessor.tolist() == [list(range(-1, line.num_tokens - 1))]
+    assert not plan.needs_position_ids
+    for layout in (
+        pack([line, line]),
+        pack([[line, line]]),
+        unroll(line),
+        line.replaced(position_ids=line.position_ids + 1),
+    ):
+        plan = BlockPlan.of(layout).to("cpu")
+        assert plan.needs_position_ids and torch.equal(plan.predecessor[0], layout.predecessor)
+    bare = BlockPlan.from_expiry(line.expiry)
+    assert bare.predecessor is None and not bare.needs_position_ids
+
+
 def test_errors():
+    with pytest.raises(TypeError, match="layout: expected a Layout, got Tensor"):
+        BlockPlan.of(torch.zeros(4).int())
     with pytest.raises(ValueError, match="expiry: expected at least one token, got none"):
         BlockPlan.from_expiry(torch.zeros(0, dtype=torch.int32))
     with pytest.raises(TypeError, match="expiry: expected int32 or int64, got torch.float32"):

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from mem1_kernels import (
+    BlockPlan,
     Segment,
     Trajectory,
     fold,
@@ -39,8 +40,40 @@ FAMILIES = {
 }
 
 
+SCALED = {
+    "granite": (
+        transformers.GraniteConfig,
+        transformers.GraniteForCausalLM,
+        {
+            "logits_scaling": 4.0,
+            "attention_multiplier": 0.5,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+        },
+    ),
+    "cohere": (transformers.CohereConfig, transformers.CohereForCausalLM, {"logit_scale": 0.25}),
+    "cohere2": (
+        transformers.Cohere2Config,
+        transformers.Cohere2ForCausalLM,
+        {"logit_scale": 0.25, "head_dim": 16, "sliding_window": 24},
+    ),
+    "gemma2": (
+        transformers.Gemma2Config,
+        transformers.Gemma2ForCausalLM,
+        {
+            "head_dim": 16,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 16,
+            "final_logit_softcapping": 2.0,
+            "attn_logit_softcapping": 3.0,
+        },
+    ),
+}
+"""Models that scale or cap their logits, and some that scale more than these."""
+
+
 def make_model(family: str, dtype: torch.dtype = torch.float32):
-    config_class, model_class, extra = FAMILIES[family]
+    config_class, model_class, extra = {**FAMILIES, **SCALED}[family]
     torch.manual_seed(1)
     config = config_class(
         vocab_size=VOCABULARY,
@@ -127,6 +160,26 @@ def test_rollout_equals_training(family, policy, positions, record_property):
     assert difference <= 2e-5
     for rollout in rollouts:
         assert rollout.log_probs.ne(0).sum() == rollout.trajectory.loss_mask.sum()
+
+
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+@pytest.mark.parametrize("family", SCALED)
+def test_scores_go_by_the_logits_that_the_model_gives(family, positions):
+    """Scales and caps behind the head included: the head's weights alone would not do."""
+    model = make_model(family)
+    rollouts = run(model, positions=positions)
+    assert largest_difference(model, rollouts) <= 2e-5
+    layout, sampled = collate(rollouts)
+    with torch.no_grad(), patched(model):
+        hidden = model.model(
+            layout.token_ids[None],
+            position_ids=layout.position_ids[None],
+            plan=BlockPlan.of(layout),
+        ).last_hidden_state[0]
+        head_only = torch.log_softmax(model.lm_head(hidden), 1)
+    target = layout.loss_mask.nonzero().flatten()
+    unscaled = head_only[layout.predecessor[target], layout.token_ids[target]]
+    assert (unscaled - sampled[target]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("options", [{"ordered": True}, {"temperature": 0}, {"temperature": 0.7}])

@@ -629,7 +629,7 @@ UNREACHED = {
     "Nemotron": ({}, "plan: NemotronModel does not hand it to its attention"),
     "Lfm2": (
         {"layer_types": ["conv", "full_attention"]},
-        r"plan: this model's layers \['conv'\] carry text past any mask",
+        r"plan: expected a model of full and sliding-window .* other kinds: \['conv'\]",
     ),
 }
 
@@ -637,6 +637,8 @@ UNREACHED = {
 @pytest.mark.parametrize("name", UNREACHED)
 def test_a_plan_that_does_not_reach_every_layer_is_refused(name: str) -> None:
     own, message = UNREACHED[name]
+    if not getattr(transformers, f"{name}ForCausalLM")._supports_attention_backend:
+        pytest.skip("this transformers gives it no attention backend: patch() raises")
     config = getattr(transformers, f"{name}Config")(**{**TINY, "num_hidden_layers": 2, **own})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     before = model(ids_for(12)).logits

@@ -15,6 +15,7 @@ from mem1_kernels.ppo.episodes import mean_scores, read_transcripts, world_of
 from mem1_kernels.ppo.learner import Learner
 from mem1_kernels.ppo.trainer import train
 from mem1_kernels.ppo.warm_start import warm_start
+from python_tests.talking_processes import Talk
 
 Accelerator = pytest.importorskip("accelerate").Accelerator
 
@@ -68,3 +69,26 @@ def test_questions_need_to_be_enough_for_the_sizes_that_are_drawn(tmp_path):
 def test_a_size_that_a_task_does_not_have(tmp_path):
     with pytest.raises(ValueError, match=r"eval_sizes: keys: expected 1\.\.9, got 16"):
         world_of(small(tmp_path, task="lookup", sizes=(1,), eval_every=1, eval_sizes=(2, 16)))
+
+
+def test_an_episode_that_cannot_begin_ends_alone(tmp_path):
+    """Its reset fails, or its prompt or observation holds ids that the model does not have."""
+
+    class Fragile(Talk):
+        begun = 0
+
+        def reset(self, task):
+            type(self).begun += 1
+            if self.begun == 2:
+                raise KeyError("no such table")
+            prompt = super().reset(task)
+            return [*prompt, 10**6] if self.begun == 3 else prompt
+
+        def step(self, turn):
+            step = super().step(turn)
+            return step._replace(observation=[-5]) if self.begun == 5 and not step.done else step
+
+    config = small(tmp_path, steps=2, sft_steps=0)
+    run = train(config, world=replace(world_of(config), make=Fragile), progress=False)
+    assert run.history[0]["failed"] >= 2
+    assert len(run.rewards) == 2

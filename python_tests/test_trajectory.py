@@ -371,6 +371,48 @@ def test_a_layout_does_not_change():
     assert torch.equal(again.expiry, trajectory.expiry) and again.floor is None
 
 
+def _with_ids(seed, policy=mem1):
+    ids = iter(torch.randint(0, 99, (200,), generator=torch.Generator().manual_seed(seed)).tolist())
+    return Trajectory(
+        [
+            Segment(segment.role, [next(ids) for _ in range(segment.num_tokens)], segment.turn)
+            for segment in turns(5, 3, 2, 3, 4).segments
+        ],
+        policy,
+    )
+
+
+@pytest.mark.parametrize("form", ["line", "packed", "unrolled"])
+def test_shift_labels_say_what_each_token_predicts(form):
+    line = _with_ids(0)
+    layout = {
+        "line": line,
+        "packed": pack([line, _with_ids(1)]),
+        "unrolled": pack([unroll(line), unroll(_with_ids(1))]),
+    }[form]
+    shifted = layout.shift_labels()
+    assert shifted.dtype == torch.int64 and shifted.shape == (layout.num_tokens,)
+    want = [-100] * layout.num_tokens
+    for token in range(layout.num_tokens):
+        if layout.loss_mask[token]:
+            want[layout.predecessor[token]] = int(layout.token_ids[token])
+    assert shifted.tolist() == want and (shifted != -100).sum() == layout.loss_mask.sum()
+    assert torch.equal(layout.shift_labels(-1), shifted.masked_fill(shifted == -100, -1))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (turns(5, 3, 2, 3, 4), "layout: has no token ids"),
+        (Trajectory([Segment("action", [1, 2])]), "layout: token 0 is generated, but nothing"),
+        (pack([[_with_ids(0), _with_ids(0)]]), "layout: token 4 predicts the first token of sev"),
+    ],
+)
+def test_shift_labels_errors(layout, message):
+    with pytest.raises(ValueError, match=message):
+        layout.shift_labels()
+
+
 @pytest.mark.parametrize("form", ["line", "packed", "tree", "copied", "moved"])
 def test_an_expiry_is_not_taken_without_its_floor(form):
     """Else queries would see what their floor hides, in silence."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -247,10 +248,11 @@ def test_growing_and_fixed_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
 
         small = TrajectoryCache(model, batch_size=2, capacity=30)
         model(ids[:, :25], past_key_values=small)
-        before = [small.keys[0].clone(), small.position_ids.clone(), small.lengths.clone()]
+        held = small.keys[0][:, :, :25]  # behind lies what the memory held before: perhaps NaN
+        before = [held.clone(), small.position_ids.clone(), small.lengths.clone()]
         with pytest.raises(ValueError, match="capacity: 31 tokens do not fit in 30 slots"):
             model(ids[:, 25:31], past_key_values=small)
-        after = [small.keys[0], small.position_ids, small.lengths]
+        after = [held, small.position_ids, small.lengths]
         assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
         assert small.get_max_length() == 30 and past.get_max_length() == -1
         small.prune_(keep=small.position_ids < 20)
@@ -570,6 +572,9 @@ class TestRefusals:
             past.prune_(keep=keep[:, :6])
         with pytest.raises(ValueError, match=r"keep: expected \[1, 256\]"):
             past.prune_(keep=keep, rows=[1])
+        for wrong in ([True], [1.0], ["1"], 1):
+            with pytest.raises(TypeError, match="rows: expected integers"):
+                past.prune_(3, rows=wrong)
         for rows in ([2], [-1], [0, 0]):
             with pytest.raises(ValueError, match="rows: expected different ones of 0 to 1, got"):
                 past.prune_(3, rows=rows)
@@ -577,6 +582,8 @@ class TestRefusals:
             past.prune_([1, 2, 3])
 
     def test_two_attentions_a_layer(self) -> None:
+        if not transformers.DiffLlamaForCausalLM._supports_attention_backend:
+            pytest.skip("this transformers gives it no attention backend: patch() raises")
         config = transformers.DiffLlamaConfig(
             vocab_size=60,
             hidden_size=64,
@@ -614,9 +621,26 @@ class TestRefusals:
         config = transformers.Qwen3NextConfig(**TINY, head_dim=16, num_experts=2)
         with pytest.raises(ValueError, match="cannot serve: \\['linear_attention'\\]"):
             TrajectoryCache(transformers.Qwen3NextForCausalLM(config), batch_size=1)
+        with pytest.raises(ValueError, match="StableLmForCausalLM does not hand keywords to a re"):
+            TrajectoryCache(
+                transformers.StableLmForCausalLM(transformers.StableLmConfig(**TINY)), batch_size=1
+            )
+        with pytest.raises(ValueError, match="model: expected a transformers model, got str"):
+            TrajectoryCache("Qwen/Qwen2-7B", batch_size=1)
+
+    def test_sizes(self) -> None:
+        model = build()
         for name in ("batch_size", "capacity"):
-            with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
-                TrajectoryCache(plain, **{"batch_size": 2, name: 0})
+            for value in (0, -3):
+                with pytest.raises(ValueError, match=f"{name}: expected at least 1, got {value}"):
+                    TrajectoryCache(model, **{"batch_size": 2, name: value})
+            for wrong in (True, 2.0, "2", torch.ones(2), np.bool_(True)):
+                with pytest.raises(TypeError, match=f"{name}: expected an integer, got "):
+                    TrajectoryCache(model, **{"batch_size": 2, name: wrong})
+        with pytest.raises(TypeError, match="ordered: expected a bool, got 'x'"):
+            TrajectoryCache(model, batch_size=2, ordered="x")
+        one = TrajectoryCache(model, batch_size=np.int64(2), capacity=torch.tensor(9))
+        assert (one.batch_size, one.capacity) == (2, 9) and type(one.batch_size) is int
 
     def test_gradients(self, model: Any, past: TrajectoryCache) -> None:
         model.requires_grad_(True)

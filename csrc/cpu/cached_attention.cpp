@@ -134,6 +134,7 @@ void append_kv_cpu(const at::Tensor& keys, const at::Tensor& values, const at::T
                 "what the capacity leaves room for");
   }
 
+  if (new_tokens == 0 || shape.head_dim == 0) return;
   const int64_t row_bytes = shape.head_dim * key_cache.element_size();
   const auto copy = [&](const at::Tensor& from, const at::Tensor& to, int64_t b, int64_t h) {
     const char* source = data_at(from, b * from.stride(0) + h * from.stride(1));

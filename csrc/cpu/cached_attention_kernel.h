@@ -11,10 +11,17 @@ namespace mem1::cpu {
 namespace {
 
 // Positions become int32 relative to the first row's; anything further off is as good as this far.
-constexpr int64_t kFar = 1 << 30;
+constexpr int64_t kFar = INT32_MAX - 1;
 
 inline int32_t clamp_far(int64_t x) {
   return static_cast<int32_t>(x < -kFar ? -kFar : x > kFar ? kFar : x);
+}
+
+// a - b, or the extreme that it passes.
+inline int64_t minus(int64_t a, int64_t b) {
+  int64_t difference;
+  if (!__builtin_sub_overflow(a, b, &difference)) return difference;
+  return a < 0 ? INT64_MIN : INT64_MAX;
 }
 
 inline int64_t position_of(const Positions& positions, int64_t slot) {
@@ -34,15 +41,15 @@ inline int64_t position_of(const Positions& positions, int64_t slot) {
 struct Sight {
   alignas(64) int32_t last[kTile];     // relative to slot_begin; may be negative
   alignas(64) int32_t nearest[kTile];  // relative to `base`
-  int32_t least_last, least_nearest;
+  int32_t least_last;
   bool windowed;
-  int64_t base;
+  int64_t base, least_nearest;
 
   explicit Sight(const CachedRows& unit)
       : least_last(INT32_MAX),
-        least_nearest(INT32_MAX),
         windowed(unit.positions.data != nullptr),
-        base(0) {
+        base(0),
+        least_nearest(INT64_MAX) {
     for (int r = 0; r < unit.rows; ++r) {
       const int64_t slot = unit.first_slot + (unit.first_row + r) / unit.group;
       last[r] = static_cast<int32_t>(slot - unit.slot_begin);
@@ -51,19 +58,22 @@ struct Sight {
       if (!windowed) continue;
       const int64_t position = position_of(unit.positions, slot);
       if (r == 0) base = position;
-      const int64_t window = unit.window < kFar ? unit.window : kFar;
-      nearest[r] = clamp_far(position - base - window + 1);
-      least_nearest = nearest[r] < least_nearest ? nearest[r] : least_nearest;
+      const int64_t first = minus(position, unit.window - 1);
+      nearest[r] = clamp_far(minus(first, base));
+      least_nearest = first < least_nearest ? first : least_nearest;
     }
     for (int r = unit.rows; r < kTile; ++r) last[r] = nearest[r] = 0;
   }
 
-  // Positions of `count` slots relative to `base`; whether some row may see one of them.
+  // Positions of `count` slots relative to `base`, INT32_MIN where no row sees it; whether some row
+  // may see one of them.
   bool load_positions(const CachedRows& unit, int64_t slot, int count, int32_t* positions) const {
     bool seen = false;
     for (int i = 0; i < count; ++i) {
-      positions[i] = clamp_far(position_of(unit.positions, slot + i) - base);
-      seen |= positions[i] >= least_nearest;
+      const int64_t position = position_of(unit.positions, slot + i);
+      const bool near = position >= least_nearest;
+      positions[i] = near ? clamp_far(minus(position, base)) : INT32_MIN;
+      seen |= near;
     }
     return seen;
   }

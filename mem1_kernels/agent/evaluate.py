@@ -27,7 +27,8 @@ import torch
 import transformers
 
 from mem1_kernels._plot import size_unit
-from mem1_kernels.agent.agent import MemoryEfficientAgent, Result, resolve_model
+from mem1_kernels.agent.agent import MemoryEfficientAgent, resolve_model
+from mem1_kernels.agent.episodes import Result
 from mem1_kernels.agent.metrics import compression, dependency, exact_match, f1, peak_tokens
 from mem1_kernels.agent.qa import QATask
 from mem1_kernels.agent.tasks import TableTask

@@ -240,7 +240,10 @@ class RetrievalQA:
 
 
 def prompt(task: QATask, tags: TagSet = MEM1) -> str:
-    """What the policy is told: the rules of the format, then the questions."""
+    """What the policy is told: the rules of the format, then the questions.
+
+    The questions and the topic come from outside: tags in them are defused (`TagSet.guard`).
+    """
     state, search, answer = tags.state, tags.actions["search"], tags.actions["answer"]
     several = len(task.questions) > 1
     form = (
@@ -249,10 +252,10 @@ def prompt(task: QATask, tags: TagSet = MEM1) -> str:
         else "the answer"
     )
     questions = "\n".join(
-        f"{number}. {question}" if several else question
+        f"{number}. {tags.guard(question)}" if several else tags.guard(question)
         for number, question in enumerate(task.questions, 1)
     )
-    topic = f"{task.topic}\n\n" if task.topic else ""
+    topic = f"{tags.guard(task.topic)}\n\n" if task.topic else ""
     return f"""You answer questions with the help of a search engine, turn by turn.
 
 In every turn, first write <{state}> ... </{state}>. It is your only memory: older turns, queries \

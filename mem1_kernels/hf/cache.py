@@ -11,6 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from mem1_kernels.hf.decoder import (
+    decoder_of,
+    other_layers,
+    root_of,
+    rope_limit,
+    stack_of,
+    table_of,
+)
 from mem1_kernels.mask import saturated
 from mem1_kernels.ops.kv_cache import append_kv_, cached_attention, prune_kv_
 
@@ -40,31 +48,6 @@ class _Step:
     order: Tensor | None = None  # int64 [batch, tokens]: the rows' tokens first, padding behind
     updated: set[int] = field(default_factory=set)
     attended: set[int] = field(default_factory=set)
-
-
-def other_layers(config: Any) -> list[str]:
-    """The model's kinds of layers that carry text on past a mask, by other ways than attention."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return sorted(kinds - {"full_attention", "sliding_attention"})
-
-
-def rope_limit(model: nn.Module) -> int | None:
-    """The position from which the model's RoPE turns all keys otherwise than before; None: none.
-
-    "dynamic" and "longrope" frequencies change once a sequence is longer than that.
-    """
-    limits = []
-    for module in model.modules():
-        types: Any = getattr(module, "rope_type", None)
-        for layer, kind in types.items() if isinstance(types, dict) else [(None, types)]:
-            own: Any = getattr(module, "config", None)
-            if kind == "longrope":
-                parameters = own.rope_parameters if layer is None else own.rope_parameters[layer]
-                named = "original_max_position_embeddings"
-                limits.append(int(parameters.get(named) or getattr(own, named)))
-            elif isinstance(kind, str) and "dynamic" in kind:
-                limits.append(int(own.max_position_embeddings))
-    return min(limits, default=None)
 
 
 class TrajectoryCache(Cache):
@@ -123,14 +106,16 @@ class TrajectoryCache(Cache):
         capacity: int | None = None,
         ordered: bool = False,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("capacity", capacity)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        config: Any = model.config
-        config = config.get_text_config(decoder=True)
+        batch_size = _at_least_one("batch_size", batch_size)
+        capacity = None if capacity is None else _at_least_one("capacity", capacity)
+        if not isinstance(ordered, bool):
+            raise TypeError(f"ordered: expected a bool, got {ordered!r}")
+        root = root_of(model)
+        config: Any = root.config.get_text_config(decoder=True)
         if other := other_layers(config):
             raise ValueError(f"model: has layers that a KV cache alone cannot serve: {other}")
-        self._rope_limit = rope_limit(model)
+        self._rope_limit = rope_limit(root)
+        self._table = table_of(stack_of(decoder_of(root)))
         super().__init__(layers=[])
         self.ordered = ordered
         self.fixed_capacity = capacity is not None
@@ -219,7 +204,7 @@ class TrajectoryCache(Cache):
             ValueError: not exactly one of now and keep, another shape, or rows that are unknown or
                 named twice. Nothing is written then.
         """
-        named = range(self.batch_size) if rows is None else [operator.index(row) for row in rows]
+        named = range(self.batch_size) if rows is None else _integers("rows", rows)
         unknown = [row for row in named if not 0 <= row < self.batch_size]
         if unknown or len(set(named)) < len(named):
             raise ValueError(
@@ -324,25 +309,25 @@ class TrajectoryCache(Cache):
             )
         counts, order, expiry = self._taken(tokens, attention_mask, self._expected)
         taken = torch.full_like(self.lengths, tokens) if counts is None else counts
+        column = torch.arange(tokens, device=self.device)
         if position_ids is None:
-            column = torch.arange(tokens, device=self.device)
-            positions = position_ids = self._next_position[:, None] + column
-            if order is not None:
-                position_ids = torch.empty_like(order).scatter_(1, order, positions)
+            positions = self._next_position[:, None] + column
         else:
-            if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch):
-                got = list(position_ids.shape)
-                raise ValueError(f"position_ids: expected [{batch}, {tokens}], got {got}")
-            if position_ids.is_floating_point():
-                raise TypeError(f"position_ids: expected integers, got {position_ids.dtype}")
+            check_position_ids(position_ids, tokens, batch)
             positions = position_ids.to(self.device).expand(batch, tokens)
             positions = positions if order is None else positions.gather(1, order)
             self._check_positions(positions, taken)
+        positions = torch.where(column < taken[:, None], positions, 0)  # padding: in every table
+        position_ids = positions
+        if order is not None:
+            position_ids = torch.empty_like(positions).scatter_(1, order, positions)
+        if self._table is not None:
+            self._table.check(tokens, 0, None, position_ids)
         limit = self._rope_limit
         if limit is not None and (highest := int(position_ids.max())) >= limit:
             raise ValueError(
                 f"position_ids: expected less than {limit}, from where this model's RoPE (dynamic "
-                f"or longrope) turns keys otherwise than the cached ones, got {highest}"
+                f"or longrope) rotates keys differently than the cached ones, got {highest}"
             )
         lengths = self.lengths + taken
         self._make_room(tokens, lengths)
@@ -513,6 +498,41 @@ class TrajectoryCache(Cache):
         if values.dim() and list(values.shape) != [rows]:
             raise ValueError(f"{name}: expected [{rows}], got {list(values.shape)}")
         return saturated(values).to(device or self.device).expand(rows).contiguous()
+
+
+def check_position_ids(position_ids: object, tokens: int, batch: int, planes: bool = False) -> None:
+    """Raises TypeError or ValueError unless they are integers `[1 or batch, tokens]`, with `planes`
+    also several of those (multimodal models count time, height and width)."""
+    if not isinstance(position_ids, Tensor):
+        raise TypeError(f"position_ids: expected a tensor, got {type(position_ids).__name__}")
+    shape = list(position_ids.shape)
+    fits = len(shape) == 2 or (planes and len(shape) == 3)
+    if not fits or shape[-1] != tokens or shape[-2] not in (1, batch):
+        raise ValueError(f"position_ids: expected [{batch}, {tokens}], got {shape}")
+    if position_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"position_ids: expected integers, got {position_ids.dtype}")
+
+
+def _at_least_one(name: str, value: object) -> int:
+    """`value` as an int."""
+    try:
+        (number,) = _integers(name, [value])
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name}: expected at least 1, got {number}")
+    return number
+
+
+def _integers(name: str, values: Any) -> list[int]:
+    """`values` as ints."""
+    try:
+        numbers = [None if isinstance(x, bool) else operator.index(x) for x in values]
+    except TypeError:
+        numbers = [None]
+    if None in numbers:
+        raise TypeError(f"{name}: expected integers, got {values!r}")
+    return cast("list[int]", numbers)
 
 
 def _select(x: Tensor, index: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +21,15 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from mem1_kernels.block_plan import BlockPlan
-from mem1_kernels.hf.cache import TrajectoryCache, other_layers
+from mem1_kernels.hf.cache import TrajectoryCache, check_position_ids
+from mem1_kernels.hf.decoder import (
+    PositionTable,
+    decoder_of,
+    other_layers,
+    root_of,
+    stack_of,
+    table_of,
+)
 from mem1_kernels.mask import windowed
 from mem1_kernels.ops.attention import trajectory_attention
 
@@ -84,10 +94,10 @@ def patch(model: Model) -> Model:
     >>> unpatch(model).config._attn_implementation
     'sdpa'
     """
-    root = _root(model)
+    root = root_of(model)
     if is_patched(model):
         raise ValueError(f"model: this {type(root).__name__} is patched already")
-    decoder = _decoder(root)
+    decoder = decoder_of(root)
     if decoder.config._attn_implementation == NAME:
         raise ValueError(
             f"model: the config of this {type(root).__name__} says {NAME!r} already: another model "
@@ -96,14 +106,22 @@ def patch(model: Model) -> Model:
     _register()
     before = [(config, config._attn_implementation) for config in _configs(root)]
     decoder.set_attn_implementation(NAME)
-    guards = [
-        module.register_forward_pre_hook(_check_implementation, with_kwargs=True)
+    readers = [
+        module
         for module in root.modules()
         if isinstance(module, PreTrainedModel) and module.config is decoder.config
     ]
-    layers = decoder.base_model
-    guards.append(layers.register_forward_pre_hook(_open_cache, with_kwargs=True))
-    guards.append(layers.register_forward_hook(_close_cache, with_kwargs=True))
+    guards = [
+        module.register_forward_pre_hook(partial(_check_plan, _names(module)), with_kwargs=True)
+        for module in readers
+    ]
+    if root.get_output_embeddings() is not None:
+        check_labels = partial(_check_labels, _names(root))
+        guards.append(root.register_forward_pre_hook(check_labels, with_kwargs=True))
+    stack = stack_of(decoder)
+    open_pass = partial(_open_pass, table_of(stack))
+    guards.append(stack.register_forward_pre_hook(open_pass, with_kwargs=True))
+    guards.append(stack.register_forward_hook(_close_pass, with_kwargs=True))
     setattr(root, _STATE, _Patch(before, guards))
     return model
 
@@ -117,7 +135,7 @@ def unpatch(model: Model) -> Model:
     Raises:
         ValueError: the model is not patched.
     """
-    root = _root(model)
+    root = root_of(model)
     if not is_patched(model):
         raise ValueError(f"model: this {type(root).__name__} is not patched")
     state = getattr(root, _STATE)
@@ -149,7 +167,7 @@ def patched(model: Model) -> Iterator[Model]:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch` is in force on the model."""
-    return hasattr(_root(model), _STATE)
+    return hasattr(root_of(model), _STATE)
 
 
 def _register() -> None:
@@ -169,43 +187,6 @@ class _Patch:
         self.__dict__.update(state)
 
 
-def _root(model: nn.Module) -> PreTrainedModel:
-    """The one outermost transformers model in `model`."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a transformers model, got {type(model).__name__}")
-    found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    inner = {id(sub) for module in found for sub in module.modules() if sub is not module}
-    outermost = [module for module in found if id(module) not in inner]
-    if len(outermost) != 1:
-        names = [type(module).__name__ for module in outermost]
-        raise ValueError(f"model: expected one transformers model, got {names or 'none'}")
-    return outermost[0]
-
-
-def _decoder(root: PreTrainedModel) -> PreTrainedModel:
-    """The part of `root` that reads text, causally, over the attention interface."""
-    name = type(root).__name__
-    if getattr(root.config, "is_encoder_decoder", False):
-        raise ValueError(f"model: {name} is an encoder-decoder; expected a causal decoder")
-    config = root.config.get_text_config(decoder=True)
-    for module in root.modules():
-        if isinstance(module, PreTrainedModel) and module.config is config:
-            break
-    else:
-        raise ValueError(f"model: {name} has no text decoder of its own")
-    attentions = (getattr(module, "is_causal", True) for module in module.modules())
-    if not getattr(config, "is_causal", True) or not all(attentions):
-        raise ValueError(f"model: {name} is not causal (is_causal is False)")
-    if not module._supports_attention_backend or not module._can_set_attn_implementation():
-        raise ValueError(
-            f"model: {name} does not hand keywords to a replaceable attention "
-            "(_supports_attention_backend)"
-        )
-    if config.output_attentions:
-        raise ValueError("output_attentions: the model's config asks for attention weights")
-    return module
-
-
 def _configs(root: PreTrainedModel) -> list[PreTrainedConfig]:
     """Every configuration in `root` that names an attention implementation."""
     found = [module.config for module in root.modules() if isinstance(module, PreTrainedModel)]
@@ -215,44 +196,116 @@ def _configs(root: PreTrainedModel) -> list[PreTrainedConfig]:
     return list({id(config): config for config in found}.values())
 
 
-def _check_implementation(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Before every forward of a patched model: somebody may have replaced the attention since."""
+def _names(module: nn.Module) -> list[str]:
+    """The names of the arguments of the model's forward, in their order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _check_plan(
+    names: list[str], module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """Before every forward of a patched model under a plan."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    plan = given.get("plan")
+    if plan is None:
+        return
     current = module.config._attn_implementation
-    if current != NAME and kwargs.get("plan") is not None:
+    if current != NAME:
         raise ValueError(
             f"plan: needs attention {NAME!r}, but this {type(module).__name__} was set to "
             f"{current!r} after patch(); call unpatch() and patch() again"
         )
+    if not isinstance(plan, BlockPlan):
+        raise TypeError(f"plan: expected a BlockPlan, got {type(plan).__name__}")
+    inputs = given.get("input_ids")
+    inputs = given.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None:
+        return  # the model raises
+    batch, tokens = inputs.shape[:2]
+    if plan.tokens != tokens:
+        raise ValueError(f"plan: expected {tokens} tokens, got {plan.tokens}")
+    position_ids = given.get("position_ids")
+    if position_ids is not None:
+        check_position_ids(position_ids, tokens, batch, planes=True)
+    elif plan.needs_position_ids:
+        raise ValueError(
+            "position_ids: expected those of the layout of this plan, which are not 0, 1, 2, ..., "
+            "got none (pass position_ids=layout.position_ids[None])"
+        )
 
 
-def _open_cache(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any]
+def _check_labels(
+    names: list[str], module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """Before the forward of a patched causal LM: its loss moves `labels` by one, so that it is
+    wrong for each token that is not predicted by the token before it."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    plan, labels = given.get("plan"), given.get("labels")
+    if plan is None or labels is None or given.get("shift_labels") is not None:
+        return
+    if labels.shape[-1] != plan.tokens:
+        raise ValueError(f"labels: expected {plan.tokens} tokens, got {labels.shape[-1]}")
+    index = torch.arange(plan.tokens, device=plan.expiry.device)
+    if plan.predecessor is not None:
+        follows = plan.predecessor == index - 1
+    else:  # only the mask is known: a token that does not see the one before it may not follow it
+        follows = plan.expiry.roll(1, dims=1) > index
+        if plan.floor is not None:
+            follows &= plan.floor < index
+    follows = follows | (index == 0)  # the loss leaves out the first label
+    wrong = (labels.to(follows.device) != given.get("ignore_index", -100)) & ~follows
+    message = (
+        "labels: the loss takes each token to be predicted by the token before it, which does not "
+        "hold for this plan"
+    )
+    if wrong.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), message)
+    elif bool(wrong.any()):
+        row, token = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"{message} at token {token} of row {row}; go by layout.predecessor, or pass "
+            "shift_labels=layout.shift_labels()[None] too (see patch)"
+        )
+
+
+def _open_pass(
+    table: PositionTable | None, module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Before the layers: a TrajectoryCache takes the mask and gives the positions; a pass under a
     plan fills no cache, which would not know what the plan dropped."""
     cache = kwargs.get("past_key_values")
     planned = kwargs.get("plan") is not None
-    if planned and cache is None:
-        if kwargs.get("use_cache"):
-            raise ValueError("use_cache: expected False or None, as a pass under a plan fills none")
-        if other := other_layers(module.config):
-            raise ValueError(f"plan: this model's layers {other} carry text past any mask")
-        return args, {**kwargs, "use_cache": False, "arrival": _Arrival()}
-    if not isinstance(cache, TrajectoryCache):
-        return None
-    if planned:
-        raise ValueError("plan: a TrajectoryCache keeps its own expiries; pass only one of the two")
-    inputs = args[0] if args else kwargs.get("input_ids")
+    inputs: Any = args[0] if args else kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
-        inputs = kwargs["inputs_embeds"]
-    position_ids = cache.begin(
-        inputs.shape[:2], kwargs.get("attention_mask"), kwargs.get("position_ids")
-    )
-    changes = {"attention_mask": None, "position_ids": position_ids, "trajectory_cache": cache}
-    return args, {**kwargs, **changes}
+        return None  # the model raises
+    if isinstance(cache, TrajectoryCache):
+        if planned:
+            raise ValueError(
+                "plan: a TrajectoryCache keeps its own expiries; pass only one of the two"
+            )
+        position_ids = cache.begin(
+            inputs.shape[:2], kwargs.get("attention_mask"), kwargs.get("position_ids")
+        )
+        changes = {"attention_mask": None, "position_ids": position_ids, "trajectory_cache": cache}
+        return args, {**kwargs, **changes}
+    if table is not None and not torch.compiler.is_compiling():
+        seen = 0 if cache is None else cache.get_seq_length()
+        mask = kwargs.get("attention_mask")
+        table.check(inputs.shape[1], seen, mask, kwargs.get("position_ids"))
+    if not planned or cache is not None:
+        return None
+    if kwargs.get("use_cache"):
+        raise ValueError("use_cache: expected False or None, as a pass under a plan fills none")
+    if other := other_layers(module.config):
+        raise ValueError(
+            "plan: expected a model of full and sliding-window attention only, but "
+            f"{type(module).__name__} has layers of other kinds: {other}"
+        )
+    return args, {**kwargs, "use_cache": False, "arrival": _Arrival()}
 
 
-def _close_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+def _close_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, TrajectoryCache):
         cache.commit()
@@ -267,10 +320,15 @@ class _Arrival:
     seen = False
 
 
-class _Mask:
-    """What stands where transformers expects a mask: made once a forward pass, by layer type.
+class _MaskIsRead(ValueError, AttributeError):
+    """An AttributeError too, so that `hasattr` of a mask is False."""
 
-    Its layers share the plan that the first of them derives.
+
+class _Mask:
+    """What stands where transformers expects a mask: made once per forward pass and kind of layer.
+
+    Its layers share the plan that the first of them derives. It holds no mask: a model that
+    computes with its mask (Doge, or DeepSeek's indexer) raises.
     """
 
     def __init__(
@@ -279,12 +337,30 @@ class _Mask:
         window: int | None,
         sees_previous: Tensor | None = None,
         cached: Tensor | None = None,
+        config: Any = None,
     ) -> None:
         self.padding = padding  # bool [batch, tokens], False on padding
         self.window = window
         self.sees_previous = sees_previous  # bool [1 or batch, tokens]: no document starts here
         self.cached = cached  # bool [batch, 1, queries, keys], where a cache holds older tokens
+        self.config = config  # of the model, for messages
         self.derived: BlockPlan | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[name]
+
+    def __getitem__(self, index: Any) -> Any:
+        model = type(self.__dict__.get("config")).__name__.removesuffix("Config")
+        raise _MaskIsRead(
+            f"attention_mask: {model} computes with its mask, but a patched model forms none; "
+            "expected a model that only hands it to its attention"
+        )
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        return next((value for value in args if isinstance(value, cls)), cls(None, None))[0]
 
     def plan(self, given: BlockPlan | None, position_ids: Tensor | None, like: Tensor) -> BlockPlan:
         """The plan of this forward pass; `like` is `[batch, heads, tokens, head_dim]`."""
@@ -339,7 +415,7 @@ def _make_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> _Mask:
-    """transformers' call for a mask, once a forward pass and layer type."""
+    """transformers' call for a mask, once per forward pass and kind of layer."""
     if use_vmap:
         raise ValueError("attention_mask: this model lays a mask of its own over the causal one")
     if isinstance(q_offset, Tensor):
@@ -364,7 +440,7 @@ def _make_mask(
             device=device,
             **{**kwargs, "allow_is_causal_skip": False},
         )
-        return _Mask(attention_mask, local_size, cached=cached)
+        return _Mask(attention_mask, local_size, cached=cached, config=kwargs.get("config"))
     sees_previous = None
     if mask_function is not causal_mask_function:
         # It also cuts at every document of a packed row, and perhaps more; ask it about neighbours.
@@ -376,7 +452,7 @@ def _make_mask(
             sees_next = torch.atleast_2d(mask_function(row, 0, previous, index))
             if bool(sees_next[:, 1:].any()):
                 raise ValueError("attention_mask: this model asks for bidirectional attention")
-    return _Mask(attention_mask, local_size, sees_previous)
+    return _Mask(attention_mask, local_size, sees_previous, config=kwargs.get("config"))
 
 
 def _attention(
@@ -406,11 +482,16 @@ def _attention(
             f"attention_mask: expected 2D [batch, tokens], got {attention_mask.dim()}D "
             f"{list(attention_mask.shape)}; give the model a plan instead of a dense mask"
         )
+    if key.shape[3] != value.shape[3]:
+        raise ValueError(
+            f"model: {type(module).__name__} has keys of head_dim {key.shape[3]} and values of "
+            f"head_dim {value.shape[3]}; expected one head_dim"
+        )
     mask = _Mask(None, sliding_window) if attention_mask is None else attention_mask
     if mask.window != sliding_window:
         raise ValueError(
             f"sliding_window: the layer's is {sliding_window} and its mask's {mask.window} "
-            "(chunked attention is not supported)"
+            "(chunked attention is not supported, nor a layer that leaves its window to the mask)"
         )
     if trajectory_cache is not None:
         layer: Any = module.layer_idx
@@ -422,15 +503,11 @@ def _attention(
     if plan is not None:
         if arrival is not None:
             arrival.seen = True
-        if not isinstance(plan, BlockPlan):
-            raise TypeError(f"plan: expected a BlockPlan, got {type(plan).__name__}")
         if keys != tokens:
             raise ValueError(
                 f"plan: covers the {tokens} tokens of this call; "
                 f"past_key_values brings {keys - tokens} more"
             )
-        if plan.tokens != tokens:
-            raise ValueError(f"plan: expected {tokens} tokens, got {plan.tokens}")
     elif mask.cached is not None:
         return _attend_to_cache(query, key, value, mask.cached, scaling, softcap), None
     elif keys != tokens:
@@ -460,7 +537,10 @@ def _check_call(module: nn.Module, dropout: float, others: dict[str, Any]) -> No
         elif name == "s_aux":
             raise ValueError("s_aux: attention sinks are not supported")
         else:
-            raise TypeError(f"{name}: neither the model nor its patch knows this keyword")
+            raise TypeError(
+                f"{name}: neither the model nor its patch knows this keyword; or the attention of "
+                f"{type(module).__name__} needs it, and then this model is not supported"
+            )
 
 
 def _attend_to_cache(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 # What every kernel computes on.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FLOAT = torch.finfo(torch.float32)
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -16,12 +15,15 @@ def check_head_dim(head_dim: int) -> None:
         raise ValueError(f"query: expected head_dim 16 to 256 in steps of 8, got {head_dim}")
 
 
-def check_scores(head_dim: int, scale: float | None, softcap: float | None) -> float:
-    """The scale of the scores, `head_dim ** -0.5` unless told.
+def check_scale(head_dim: int, scale: float | None, softcap: float | None) -> float:
+    """The scale of the scores; default: `head_dim ** -0.5`.
+
+    Both lie between 1e-18 and 1e18: then no scores of inputs in float16's range overflow float32,
+    and neither does `scale / softcap`.
 
     Raises:
-        TypeError: scale or softcap is no number.
-        ValueError: one that is not a normal float32 > 0.
+        TypeError: scale or softcap is not a number.
+        ValueError: one outside these bounds.
     """
     scale = head_dim**-0.5 if scale is None else scale
     for name, value in (("scale", scale), ("softcap", softcap)):
@@ -29,9 +31,24 @@ def check_scores(head_dim: int, scale: float | None, softcap: float | None) -> f
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
             raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}")
-        if not FLOAT.tiny <= value <= FLOAT.max:
-            raise ValueError(f"{name}: expected a float32 > 0 or None, got {value}")
+        # As literals: torch.compile would take the bounds for inputs otherwise.
+        if not 1e-18 <= value <= 1e18:
+            raise ValueError(f"{name}: expected 1e-18 to 1e18 or None, got {value}")
     return float(scale)
+
+
+def check_window(window: int) -> int:
+    """The window, at most 2**62, so that it fits int64 with room for a position.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: less than 1.
+    """
+    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
+        raise TypeError(f"window: expected an int or None, got {type(window).__name__}")
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 token or None, got {window}")
+    return min(window, 2**62)
 
 
 def check_plain(name: str, x: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from mem1_kernels.block_plan import BlockPlan
 from mem1_kernels.mask import check_expiry
 from mem1_kernels.ops import _library  # noqa: F401  registers the operators
-from mem1_kernels.ops._checks import DTYPES, check_head_dim, check_scores
+from mem1_kernels.ops._checks import DTYPES, check_head_dim, check_scale
 
 
 class _TrajectoryAttention(torch.autograd.Function):
@@ -90,13 +90,13 @@ def trajectory_attention(
         floor: as expiry: first key that the query sees. None: 0.
         plan: `BlockPlan.from_expiry(expiry, floor)`, in place of expiry and floor; make it once and
             reuse it. Without it one is made in the call.
-        scale: of the scores, > 0; `head_dim ** -0.5` unless told.
-        softcap: scores become `softcap * tanh(scores / softcap)`, if given (> 0).
+        scale: of the scores, 1e-18 to 1e18; default: `head_dim ** -0.5`.
+        softcap: scores become `softcap * tanh(scores / softcap)`, if given; 1e-18 to 1e18.
         return_lse: return the log-sum-exp of the scores too (natural log). It is differentiable.
 
     Returns:
         The output, `[batch, tokens, heads, head_dim]` in query's dtype; with `return_lse` also the
-        LSE, float32 `[batch, heads, tokens]`. Gradients of gradients are not to be had, and raise.
+        LSE, float32 `[batch, heads, tokens]`. Gradients of gradients raise.
 
     Raises:
         TypeError: a dtype that is not supported, or dtypes that differ.
@@ -110,7 +110,7 @@ def trajectory_attention(
     torch.Size([1, 5, 4, 16])
     """
     device_type = query.device.type if isinstance(query, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = (
             x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -133,7 +133,7 @@ def trajectory_attention(
         check_expiry(expiry, floor)
         _check_layout("expiry", torch.atleast_2d(expiry), query)
         plan = BlockPlan.from_expiry(expiry, floor)
-    scale = check_scores(query.shape[3], scale, softcap)
+    scale = check_scale(query.shape[3], scale, softcap)
     if batch == 0:
         raise ValueError("query: expected at least one batch row, got none")
 

@@ -14,7 +14,8 @@ from mem1_kernels.ops._checks import (
     DTYPES,
     check_head_dim,
     check_plain,
-    check_scores,
+    check_scale,
+    check_window,
     mark_written,
 )
 from mem1_kernels.ops._memory import check_disjoint
@@ -68,7 +69,7 @@ def append_kv_(
     _check_caches(key_cache, value_cache)
     batch, kv_heads, _, head_dim = key_cache.shape
     for name, x in (("keys", keys), ("values", values)):
-        _check_tensor(name, x, key_cache, "key_cache")
+        _check_like(name, x, key_cache, "key_cache")
         if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (
             batch,
             kv_heads,
@@ -82,12 +83,12 @@ def append_kv_(
         raise ValueError(f"values: expected {list(keys.shape)} like keys, got {list(values.shape)}")
     if key_cache.element_size() not in (1, 2, 4):
         raise TypeError(f"key_cache: expected a dtype of 1, 2 or 4 bytes, got {key_cache.dtype}")
-    _check_rows("lengths", lengths, key_cache)
+    _check_batch_vector("lengths", lengths, key_cache)
     if counts is not None:
-        _check_rows("counts", counts, key_cache)
+        _check_batch_vector("counts", counts, key_cache)
     _check_no_grad("append_kv_", keys=keys, values=values, key_cache=key_cache)
     _check_no_grad("append_kv_", value_cache=value_cache)
-    _check_memory(keys, values, key_cache, value_cache)
+    _check_caches_apart(keys, values, key_cache, value_cache)
     torch.ops.mem1.append_kv_(
         _dense_last(keys), _dense_last(values), key_cache, value_cache, lengths, counts
     )
@@ -124,8 +125,8 @@ def cached_attention(
             holds none gives 0 and LSE -inf.
         counts: int32 `[batch]`, how many of the queries (the first ones) are tokens of the row;
             None: all of them.
-        scale: of the scores; `head_dim ** -0.5` unless told.
-        softcap: scores become `softcap * tanh(scores / softcap)`, if given (> 0).
+        scale: of the scores, 1e-18 to 1e18; default: `head_dim ** -0.5`.
+        softcap: scores become `softcap * tanh(scores / softcap)`, if given; 1e-18 to 1e18.
         window: a key is seen only while `query position - key position < window` (tokens, >= 1).
             Needs `positions`, since pruning leaves the slots in no order.
         positions: int32 or int64 `[batch, capacity]`, each slot's position; read under a window.
@@ -151,7 +152,7 @@ def cached_attention(
     """
     _check_caches(key_cache, value_cache)
     batch, kv_heads, capacity, head_dim = key_cache.shape
-    _check_tensor("query", query, key_cache, "key_cache")
+    _check_like("query", query, key_cache, "key_cache")
     if query.dtype not in DTYPES:
         raise TypeError(f"query: expected float32, float16 or bfloat16, got {query.dtype}")
     if query.dim() != 4 or (query.shape[0], query.shape[3]) != (batch, head_dim):
@@ -164,15 +165,12 @@ def cached_attention(
     if heads == 0 or heads % kv_heads:
         raise ValueError(f"query: expected heads divisible by {kv_heads} kv_heads, got {heads}")
     check_head_dim(head_dim)
-    _check_rows("lengths", lengths, key_cache)
+    _check_batch_vector("lengths", lengths, key_cache)
     if counts is not None:
-        _check_rows("counts", counts, key_cache)
-    scale = check_scores(head_dim, scale, softcap)
+        _check_batch_vector("counts", counts, key_cache)
+    scale = check_scale(head_dim, scale, softcap)
     if window is not None:
-        if not isinstance(window, (int, torch.SymInt)):
-            raise TypeError(f"window: expected an int or None, got {type(window).__name__}")
-        if window < 1:
-            raise ValueError(f"window: expected at least 1 token or None, got {window}")
+        window = check_window(window)
         if positions is None:
             raise ValueError("positions: a window needs each slot's position, got None")
         if not isinstance(positions, Tensor):
@@ -208,7 +206,7 @@ def _dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _check_tensor(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
+def _check_like(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     check_plain(name, x)
@@ -221,7 +219,7 @@ def _check_tensor(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
 def _check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
     """Both caches `[batch, kv_heads, capacity, head_dim]`, alike, last dimension contiguous."""
     for name, x in (("key_cache", key_cache), ("value_cache", value_cache)):
-        _check_tensor(name, x, x if name == "key_cache" else key_cache, "key_cache")
+        _check_like(name, x, x if name == "key_cache" else key_cache, "key_cache")
         if x.dim() != 4 or 0 in x.shape[:2]:
             raise ValueError(
                 f"{name}: expected [batch, kv_heads, capacity, head_dim], got {list(x.shape)}"
@@ -237,7 +235,7 @@ def _check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
         )
 
 
-def _check_rows(name: str, x: Tensor, cache: Tensor) -> None:
+def _check_batch_vector(name: str, x: Tensor, cache: Tensor) -> None:
     """An int32 `[batch]` tensor on the cache's device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -259,7 +257,9 @@ def _check_no_grad(op: str, **tensors: Tensor) -> None:
             )
 
 
-def _check_memory(keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+def _check_caches_apart(
+    keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor
+) -> None:
     if torch.compiler.is_compiling():
         return  # tensors have no addresses yet
     caches = {"key_cache": key_cache, "value_cache": value_cache}

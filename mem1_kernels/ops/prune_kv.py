@@ -77,6 +77,8 @@ def prune_kv_(
         raise ValueError(f"{missing}: position_delta and rope go together, got only one of them")
     if rope is not None and not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
+    if not isinstance(ordered, bool):
+        raise TypeError(f"ordered: expected a bool, got {ordered!r}")
     steps = [] if rope is None else rope.steps
     arguments = (
         list(keys),

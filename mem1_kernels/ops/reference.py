@@ -11,11 +11,24 @@ from torch import Tensor
 from mem1_kernels.mask import visible
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, softcap: float) -> Tensor:
-    """Scaled, capped scores `[batch, heads, queries, keys]` before any mask."""
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Scaled scores `[batch, heads, queries, keys]` before cap and mask."""
     group = query.shape[2] // key.shape[2]
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, key.repeat_interleave(group, 2)) * scale
+    return torch.einsum("bqhd,bkhd->bhqk", query, key.repeat_interleave(group, 2)) * scale
+
+
+def _capped(scores: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _cap_slope(scores: Tensor, softcap: float) -> Tensor:
+    """The derivative of `_capped`: 1 / cosh(x)^2, which 1 - tanh(x)^2 loses to cancellation.
+
+    It is 0 from where tanh(x) is rounded to 1.
+    """
+    x = scores / softcap
+    decay = torch.exp(-2 * x.abs())
+    return (4 * decay / (1 + decay) ** 2).masked_fill(torch.tanh(x).abs() == 1, 0)
 
 
 def _clean(x: Tensor, dead: Tensor) -> Tensor:
@@ -27,7 +40,7 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE under `mask` `[P, 1, queries, keys]`, in the dtype of the inputs."""
-    scores = _scores(query, key, scale, softcap).masked_fill(~mask, -torch.inf)
+    scores = _capped(_scores(query, key, scale), softcap).masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(3)
     probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     value = value.repeat_interleave(query.shape[2] // value.shape[2], 2)
@@ -86,7 +99,8 @@ def attention_backward(
     blind, never_seen = ~mask.any(3)[:, 0], ~mask.any(2)[:, 0]
     q, d_out, o = (_clean(x.to(compute), blind) for x in (query, grad_out, out))
     k, v = (_clean(x.to(compute), never_seen) for x in (key, value))
-    scores = _scores(q, k, scale, softcap)
+    raw = _scores(q, k, scale)
+    scores = _capped(raw, softcap)
     log_z = lse.to(compute).masked_fill(blind[:, None], 0)[..., None]
     p = torch.exp(scores.masked_fill(~mask, -torch.inf) - log_z)
     d_p = torch.einsum("bqhd,bkhd->bhqk", d_out, v.repeat_interleave(group, 2))
@@ -95,7 +109,7 @@ def attention_backward(
         delta = delta - grad_lse.to(compute).masked_fill(blind[:, None], 0)
     d_scores = p * (d_p - delta[..., None])
     if softcap:
-        d_scores = d_scores * (1 - (scores / softcap) ** 2)
+        d_scores = d_scores * _cap_slope(raw, softcap)
     d_q = scale * torch.einsum("bhqk,bkhd->bqhd", d_scores, k.repeat_interleave(group, 2))
     d_k = scale * torch.einsum("bhqk,bqhd->bkhd", d_scores, q)
     d_v = torch.einsum("bhqk,bqhd->bkhd", p, d_out)
@@ -168,8 +182,10 @@ def cached_attention(
     own = ((lengths - counts)[:, None] + token).clamp(max=max(capacity - 1, 0))
     mask = (slot <= own[:, :, None]) & ~blind[:, :, None]
     if positions is not None:
-        own_position = positions.gather(1, own.long())
-        mask &= own_position[:, :, None] - positions[:, None] < window
+        positions = positions.long()
+        least = torch.iinfo(torch.int64).min  # a difference below it is below all positions
+        nearest = positions.gather(1, own.long()).clamp(min=least + window - 1) - (window - 1)
+        mask &= positions[:, None] >= nearest[:, :, None]
     dead = slot >= lengths[:, None]
     q = _clean(query.to(compute), blind)
     k, v = (_clean(x.transpose(1, 2).to(compute), dead) for x in (key_cache, value_cache))

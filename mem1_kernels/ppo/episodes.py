@@ -15,7 +15,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mem1_kernels.agent.agent import MemoryEfficientAgent, Result
+from mem1_kernels.agent.agent import MemoryEfficientAgent
+from mem1_kernels.agent.episodes import Result
+from mem1_kernels.agent.text import printable
 from mem1_kernels.agent.world import TOKEN_TASKS, World, make_world
 from mem1_kernels.ppo.config import Config, load_object, retention_of
 from mem1_kernels.retention import Retention, Segment
@@ -109,7 +111,7 @@ def collect(
         make_engine: player -> engine. Default: the player itself, in this process.
 
     Raises:
-        RuntimeError: an episode could not begin, or half of them failed.
+        RuntimeError: half of the episodes failed.
     """
     numbers = [number for number in range(len(tasks)) for _ in range(group_size)]
     batches = [
@@ -134,10 +136,8 @@ def collect(
         with accelerator.autocast():
             played[place] = agent.run([tasks[number] for number in batches[place]])
         for result in played[place]:
-            if result.rollout is None:
-                raise RuntimeError(f"an episode could not begin: {result.error}")
             if result.failed:
-                logger.warning("an episode of %s failed: %s", label, result.error)
+                logger.warning("an episode of %s failed: %s", label, printable(result.error))
     if accelerator.num_processes > 1:
         played = gather_results(played, generation.retention)
     everyone = [
@@ -158,16 +158,18 @@ def gather_results(
     have, the retention policy, perhaps a closure, and what is there for reading only."""
 
     def bare(result: Result) -> Result:
-        rollout = rollout_of(result)
-        segments: Any = rollout.trajectory.segments
-        return replace(
-            result, task=None, prompt=[], turns=[], rollout=replace(rollout, trajectory=segments)
-        )
+        rollout = result.rollout
+        if rollout is not None:
+            segments: Any = rollout.trajectory.segments
+            rollout = replace(rollout, trajectory=segments)
+        return replace(result, task=None, prompt=[], turns=[], rollout=rollout)
 
     def whole(result: Result) -> Result:
-        segments: Any = rollout_of(result).trajectory
-        trajectory = Trajectory(segments, retention)
-        return replace(result, rollout=replace(rollout_of(result), trajectory=trajectory))
+        rollout = result.rollout
+        if rollout is not None:
+            segments: Any = rollout.trajectory
+            rollout = replace(rollout, trajectory=Trajectory(segments, retention))
+        return replace(result, rollout=rollout)
 
     sent = [(place, [bare(result) for result in batch]) for place, batch in played.items()]
     return {place: [whole(result) for result in batch] for place, batch in gather_object(sent)}

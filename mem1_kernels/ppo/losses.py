@@ -59,7 +59,7 @@ def policy_loss(
         denominator: N > 0, the generated tokens of the whole optimizer step.
         clip: in (0, 1).
         dual_clip: c > 1, or None.
-        weights: `[...]`, floating point >= 0, one factor a token, such as
+        weights: `[...]`, floating point >= 0, one factor per token, such as
             `truncated_importance_weights`; None: 1.
 
     Returns:

@@ -17,7 +17,7 @@ from mem1_kernels.ppo.logprobs import LOGITS_BUDGET
 def memory_budget(
     shape: Any, config: Config, *, processes: int, peak_context: int
 ) -> dict[str, int]:
-    """Bytes a process, by item, of a run under FSDP2 (or, with one process, without it).
+    """Bytes per process, by item, of a run under FSDP2 (or, with one process, without it).
 
     Args:
         shape: the model's transformers config.

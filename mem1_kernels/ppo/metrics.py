@@ -95,7 +95,7 @@ def approx_kl(
         denominator: as in `masked_mean`.
 
     Returns:
-        0-d tensor >= 0, in nats a token.
+        0-d tensor >= 0, in nats per token.
 
     Raises:
         ValueError: shapes differ, or the mask is empty and `denominator` is None.

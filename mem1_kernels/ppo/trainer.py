@@ -31,7 +31,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from mem1_kernels.agent.agent import Result
+from mem1_kernels.agent.episodes import Result
 from mem1_kernels.agent.world import World
 from mem1_kernels.hf import unpatch
 from mem1_kernels.ppo import (

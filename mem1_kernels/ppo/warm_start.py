@@ -18,7 +18,8 @@ from mem1_kernels.ppo.losses import value_loss
 from mem1_kernels.ppo.report import Stopwatch
 from mem1_kernels.ppo.update import train_on
 from mem1_kernels.retention import Retention
-from mem1_kernels.trajectory import Layout, Trajectory, pack, unroll
+from mem1_kernels.trajectory import Layout, Trajectory, pack
+from mem1_kernels.tree import unroll
 
 
 def warm_start(learner: Learner, world: World, retention: Retention, progress: bool) -> float:

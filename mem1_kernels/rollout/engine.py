@@ -15,7 +15,8 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from mem1_kernels.retention import Retention, mem1
-from mem1_kernels.trajectory import Layout, Positions, Trajectory, unroll
+from mem1_kernels.trajectory import Layout, Positions, Trajectory
+from mem1_kernels.tree import unroll
 
 
 @dataclass

@@ -83,7 +83,8 @@ def score(model: Any, layout: Layout, *, temperature: float = 1.0) -> Tensor:
     before = layout.predecessor[generated]
     if bool((before < 0).any()):
         raise ValueError("layout: its first token is generated, but nothing predicts it")
-    again = model.training and getattr(model, "is_gradient_checkpointing", False)
+    layers = (getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    again = model.training and any(layers)
     if again and torch.is_grad_enabled() and not is_patched(model):
         raise ValueError(
             "model: with gradient checkpointing the backward pass runs its layers again; patch() "

@@ -229,5 +229,5 @@ are removed, and then one action that the page allows in \
 - click[...] with a product number, an option, or a button such as Next > or Buy Now
 Buying ends the task. The closer the product, its options and its price are to the wish, the better.
 
-Wish: {instruction}
+Wish: {tags.guard(instruction)}
 """

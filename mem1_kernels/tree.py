@@ -1,0 +1,419 @@
+"""Histories that branch, as one layout in which shared text stands once: `pack_tree`, `unroll`.
+
+Compaction, folding, sub-agents, cleared tool results, retries and groups all leave rows of tokens
+that begin alike. Such rows are a prefix tree, and a prefix tree is what `expiry` can say: laid out
+in depth-first order, a token expires at the end of its subtree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mem1_kernels.retention import GENERATED, retained
+from mem1_kernels.trajectory import Layout, Span, Trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRow:
+    """One row of tokens as a trainer knows it: a branch of a history, from the first token on.
+
+    Args:
+        token_ids: int64 `[tokens]`, or a sequence of integers.
+        loss_mask: bool `[tokens]`: what is trained. None: nothing is.
+        weights: float32 `[tokens]`: of each token in the loss. None: 1.
+        log_probs: float32 `[tokens]`: as they were sampled; read where `loss_mask` is True.
+        sample: what the row is a part of (an episode, a rollout id); None: of itself alone.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another number of values than of tokens, a negative id, or, where the token is
+            in the loss, a weight or a log-prob that is not finite.
+
+    >>> TokenRow([5, 7, 9], [False, True, True]).token_ids
+    tensor([5, 7, 9])
+    """
+
+    token_ids: Any
+    loss_mask: Any = None
+    weights: Any = None
+    log_probs: Any = None
+    sample: Hashable = None
+
+    def __post_init__(self) -> None:
+        ids = _vector("token_ids", self.token_ids, torch.int64)
+        if len(ids) and int(ids.min()) < 0:
+            raise ValueError(f"token_ids: expected ids >= 0, got {int(ids.min())}")
+        mask = self.loss_mask
+        mask = torch.zeros(len(ids), dtype=torch.bool) if mask is None else mask
+        mask = _vector("loss_mask", mask, torch.bool, len(ids))
+        object.__setattr__(self, "token_ids", ids)
+        object.__setattr__(self, "loss_mask", mask)
+        for name in ("weights", "log_probs"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            values = _vector(name, values, torch.float32, len(ids))
+            if not bool(values[mask].isfinite().all()):
+                raise ValueError(f"{name}: expected finite numbers where loss_mask is True")
+            object.__setattr__(self, name, values)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def _vector(name: str, values: Any, dtype: torch.dtype, count: int | None = None) -> Tensor:
+    try:
+        vector = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected numbers ({error})") from None
+    if vector.dim() != 1:
+        raise ValueError(f"{name}: expected [tokens], got {list(vector.shape)}")
+    if count is not None and len(vector) != count:
+        raise ValueError(f"{name}: expected {count} values like token_ids, got {len(vector)}")
+    got = vector.dtype
+    integers = not (got.is_floating_point or got.is_complex or got == torch.bool)
+    fits = {
+        torch.int64: integers,
+        torch.bool: got == torch.bool or (integers and bool(((vector == 0) | (vector == 1)).all())),
+        torch.float32: got.is_floating_point or integers,
+    }
+    if not fits[dtype] and len(vector):
+        raise TypeError(f"{name}: expected {dtype}, got {got}")
+    return vector.to("cpu", dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TreeLayout(Layout):
+    """A layout in which rows share what they have in common at their beginning.
+
+    Beside what every `Layout` has:
+
+        rows       the rows, as they were given
+        index      int64 `[source_tokens]`  for each token of the rows, laid behind each other, its
+                   place in this layout
+        weights    float32 `[tokens]`  sum of the weights of all rows in whose loss the token is
+
+    `document` of a token is the first row that holds it.
+    """
+
+    rows: tuple[TokenRow, ...] = ()
+    index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    weights: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def to(self, device: torch.device | str) -> TreeLayout:
+        """This layout with its tensors on `device`; the rows stay where they are."""
+        moved: dict[str, Any] = {
+            item.name: value.to(device)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def gather_rows(self, values: Tensor) -> list[Tensor]:
+        """Per-token results back to each row, in its order; differentiable.
+
+        A token that several rows share gets the sum of their gradients.
+
+        Args:
+            values: `[tokens, ...]`, on any device.
+
+        Raises:
+            ValueError: values of another number of tokens.
+
+        >>> tree = pack_tree([TokenRow([1, 2, 3]), TokenRow([1, 2, 4])])
+        >>> [row.tolist() for row in tree.gather_rows(tree.token_ids)]
+        [[1, 2, 3], [1, 2, 4]]
+        """
+        if values.shape[:1] != (self.num_tokens,):
+            raise ValueError(f"values: expected [{self.num_tokens}, ...], got {list(values.shape)}")
+        gathered = values.index_select(0, self.index.to(values.device))
+        return list(gathered.split([len(row) for row in self.rows]))
+
+
+def pack_tree(rows: Sequence[TokenRow]) -> TreeLayout:
+    """Lays rows out as one prefix tree: what rows have in common at their beginning stands once.
+
+    The logits of each row's tokens are those of the row run alone, and so are the gradients of
+    losses over them. A prefix counts as common where its token ids are equal, whatever the rows'
+    masks say. Rows may be empty, equal, or prefixes of others. The time is linear in the tokens.
+
+    Args:
+        rows: the branches, each from its first token on.
+
+    Returns:
+        The layout. `position_ids` are those of each row alone (0, 1, 2, ...), so rollouts must have
+        used these: the form is "reprefill". `loss_mask` is True where the token is in the loss of
+        any row, and `weights` sums over rows. Rows appear in the order given wherever a tree allows
+        it.
+
+    Raises:
+        TypeError: something that is not a TokenRow.
+        ValueError: no rows, or no tokens.
+
+    >>> rows = [TokenRow([1, 2, 3, 4], [0, 0, 1, 1]), TokenRow([1, 2, 5]), TokenRow([1, 2, 3])]
+    >>> tree = pack_tree(rows)
+    >>> tree.token_ids.tolist(), tree.expiry.tolist()
+    ([1, 2, 3, 4, 5], [5, 5, 4, 4, 5])
+    >>> tree.position_ids.tolist(), tree.predecessor.tolist()
+    ([0, 1, 2, 3, 2], [-1, 0, 1, 2, 1])
+    """
+    rows = tuple(rows)
+    for row in rows:
+        if not isinstance(row, TokenRow):
+            raise TypeError(f"rows: expected TokenRows, got {type(row).__name__}")
+    if not any(len(row) for row in rows):
+        raise ValueError("rows: expected at least one token, got none")
+    tree = _lay_out([row.token_ids.numpy() for row in rows])
+    index, tokens = tree.index, len(tree.source)
+    weights = torch.zeros(tokens)
+    given = [torch.ones(len(row)) if row.weights is None else row.weights for row in rows]
+    masks = torch.cat([row.loss_mask for row in rows])
+    weights.index_add_(0, index, torch.cat(given).masked_fill(~masks, 0))
+    in_loss = torch.zeros(tokens, dtype=torch.bool)
+    in_loss[index[masks]] = True
+    return TreeLayout(
+        expiry=tree.expiry,
+        floor=None,
+        position_ids=tree.position_ids,
+        loss_mask=in_loss,
+        predecessor=tree.predecessor,
+        document=tree.row,
+        num_documents=len(rows),
+        source=tree.source,
+        source_tokens=len(index),
+        token_ids=torch.cat([row.token_ids for row in rows])[tree.source],
+        spans=(),
+        positions="reprefill",
+        rows=rows,
+        index=index,
+        weights=weights,
+    )
+
+
+def unroll(trajectory: Trajectory) -> Layout:
+    """The re-prefill form: what an engine computes that sends the live text again every turn.
+
+    Each turn is a branch: the prompt, the segments that are alive when the turn starts, at compact
+    positions, and then what the turn writes. Branches share the text that they have in common at
+    their beginning: the prompt, and under policies that keep older segments those too. So a turn
+    before which nothing was dropped goes on in the branch of the turn before. Every generated token
+    is in the loss exactly once, in the branch that generated it.
+
+    Raises:
+        TypeError: something that is not a Trajectory.
+        ValueError: the policy sets floors (an engine that sends text again cannot hide a part of
+            it), or the prompt expires.
+
+    >>> from mem1_kernels import Segment
+    >>> turn = lambda t: [Segment("action", 1, t), Segment("info", 2, t)]
+    >>> layout = unroll(Trajectory([Segment("prompt", 2), *turn(1), *turn(2), *turn(3)]))
+    >>> [(span.role, span.turn) for span in layout.spans]  # doctest: +NORMALIZE_WHITESPACE
+    [('prompt', 0), ('action', 1), ('info', 1), ('action', 2),
+     ('action', 2), ('info', 2), ('action', 3)]
+    >>> layout.position_ids.tolist()
+    [0, 1, 2, 3, 4, 5, 2, 3, 4, 5]
+    >>> layout.loss_mask.int().tolist()
+    [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
+    """
+    if not isinstance(trajectory, Trajectory):
+        raise TypeError(f"trajectory: expected a Trajectory, got {type(trajectory).__name__}")
+    segments = trajectory.segments
+    expires, floors = retained(segments, trajectory.retention)
+    if floors is not None:
+        raise ValueError("trajectory: a policy with floors has no re-prefill form")
+    prompts = next((i for i, s in enumerate(segments) if s.role != "prompt"), len(segments))
+    if any(expires[index] < len(segments) for index in range(prompts)):
+        raise ValueError("trajectory: its prompt expires, so its turns share none")
+
+    # A row per generated segment: the tokens that it sees, by their places in the trajectory, and
+    # its own behind them.
+    places = [np.arange(span.start, span.stop) for span in trajectory.spans]
+    rows = [np.concatenate([np.arange(0), *places[:prompts]])]
+    for index, segment in enumerate(segments):
+        if segment.role in GENERATED:
+            alive = [past for past in range(index) if expires[past] > index]
+            rows.append(np.concatenate([places[past] for past in [*alive, index]]))
+    tree = _lay_out(rows)
+    source = torch.from_numpy(np.concatenate(rows))[tree.source]
+    loss_mask = torch.zeros(len(source), dtype=torch.bool)
+    written = [segment.num_tokens for segment in segments if segment.role in GENERATED]
+    end = len(rows[0])
+    for row, count in zip(rows[1:], written, strict=True):
+        end += len(row)
+        loss_mask[tree.index[end - count : end]] = True
+    ids = trajectory.token_ids
+    return Layout(
+        expiry=tree.expiry,
+        floor=None,
+        position_ids=tree.position_ids,
+        loss_mask=loss_mask,
+        predecessor=tree.predecessor,
+        document=torch.zeros_like(source),
+        num_documents=1,
+        source=source,
+        source_tokens=trajectory.num_tokens,
+        token_ids=None if ids is None else ids[source],
+        spans=_spans(trajectory, source),
+        positions="reprefill",
+    )
+
+
+def _spans(trajectory: Trajectory, source: Tensor) -> tuple[Span, ...]:
+    """Where the pieces of the trajectory's segments lie, once its tokens are in this order."""
+    counts = torch.tensor([segment.num_tokens for segment in trajectory.segments])
+    segment = torch.arange(len(counts)).repeat_interleave(counts)[source]
+    new = torch.ones(len(source), dtype=torch.bool)
+    new[1:] = (segment[1:] != segment[:-1]) | (source[1:] != source[:-1] + 1)
+    starts = new.nonzero().flatten().tolist()
+    return tuple(
+        trajectory.spans[int(segment[start])]._replace(start=start, stop=stop)
+        for start, stop in zip(starts, [*starts[1:], len(source)], strict=True)
+    )
+
+
+@dataclass
+class _Tree:
+    """Rows laid out as one prefix tree; all int64 but `expiry`.
+
+    Of each token `[tokens]`: its place in the rows laid behind each other (`source`), the first row
+    that holds it, its position, its expiry and its predecessor. Of each token of the rows
+    `[source tokens]`: its place in the tree (`index`).
+    """
+
+    source: Tensor
+    row: Tensor
+    position_ids: Tensor
+    expiry: Tensor
+    predecessor: Tensor
+    index: Tensor
+
+
+def _lay_out(rows: Sequence[np.ndarray]) -> _Tree:
+    nodes, ends = prefix_tree(rows)
+    counts = torch.tensor([len(row) for row in rows])
+    starts = (counts.cumsum(0) - counts).tolist()
+    tokens = nodes[-1].end if nodes else 0
+    whole = torch.empty(tokens, dtype=torch.int64)
+    tree = _Tree(
+        source=whole,
+        row=torch.empty_like(whole),
+        position_ids=torch.empty_like(whole),
+        expiry=torch.empty(tokens, dtype=torch.int32),
+        predecessor=torch.arange(-1, tokens - 1),
+        index=torch.empty(int(counts.sum()), dtype=torch.int64),
+    )
+    for node in nodes:
+        here = slice(node.offset, node.end)
+        begin = starts[node.row]
+        tree.source[here] = torch.arange(begin + node.start, begin + node.stop)
+        tree.row[here] = node.row
+        tree.position_ids[here] = torch.arange(node.start, node.stop)
+        tree.expiry[here] = node.subtree_stop
+        tree.predecessor[node.offset] = -1 if node.parent is None else node.parent.end - 1
+    for begin, step in zip(starts, ends, strict=True):
+        while step is not None:
+            tree.index[begin + step.start : begin + step.stop] = torch.arange(step.offset, step.end)
+            step = step.parent
+    return tree
+
+
+@dataclass(eq=False)
+class Node:
+    """A run of items that the same rows share: items `start` to `stop` of `row`, the first of them.
+
+    `offset` is its place in depth-first order, `subtree_stop` where all behind it has ended.
+    """
+
+    row: int
+    start: int
+    stop: int
+    parent: Node | None
+    children: list[Node] = field(default_factory=list)
+    offset: int = 0
+    subtree_stop: int = 0
+
+    @property
+    def end(self) -> int:
+        """The place behind its last item."""
+        return self.offset + self.stop - self.start
+
+
+def prefix_tree(rows: Sequence[np.ndarray]) -> tuple[list[Node], list[Node | None]]:
+    """The compressed prefix tree of integer rows.
+
+    Args:
+        rows: 1-D arrays of non-negative integers.
+
+    Returns:
+        The nodes in depth-first order, children in the order of their first rows; and for each row
+        the node that it ends in (None: the row is empty).
+    """
+    words = [np.ascontiguousarray(row, dtype=">u8") for row in rows]
+    order = sorted(range(len(rows)), key=lambda row: words[row].tobytes())
+    root = Node(0, 0, 0, None)
+    ends: list[Node | None] = [None] * len(rows)
+    path = [root]
+    previous: np.ndarray = words[order[0]][:0]
+    for row in order:
+        items = words[row]
+        shared = _common(previous, items)
+        # Everything below the shared part is complete; a node that it ends in is cut in two.
+        below: Node | None = None
+        while path[-1].stop > shared:
+            below = path.pop()
+        top = path[-1]
+        if below is not None and top.stop < shared:
+            upper = Node(below.row, below.start, shared, top, [below])
+            top.children[-1] = upper
+            below.start, below.parent = shared, upper
+            path.append(upper)
+            top = upper
+        if len(items) > shared:
+            leaf = Node(row, shared, len(items), top)
+            top.children.append(leaf)
+            path.append(leaf)
+        ends[row] = path[-1] if len(items) else None
+        previous = items
+    return _depth_first(root, ends), ends
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many items two rows have in common at their beginning."""
+    count = min(len(a), len(b))
+    differ = a[:count] != b[:count]
+    first = int(differ.argmax()) if count else 0
+    return first if count and differ[first] else count
+
+
+def _depth_first(root: Node, ends: Sequence[Node | None]) -> list[Node]:
+    """Orders the tree by first rows, and sets `row`, `parent`, `offset` and `subtree_stop`."""
+    # Each node belongs to the first row that passes through it.
+    for row in range(len(ends) - 1, -1, -1):
+        node = ends[row]
+        while node is not None and node is not root:
+            node.row = row
+            node = node.parent
+    nodes: list[Node] = []
+    offset = 0
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            node.subtree_stop = offset
+            continue
+        if node is not root:
+            node.offset = offset
+            offset += node.stop - node.start
+            nodes.append(node)
+            if node.parent is root:
+                node.parent = None
+        stack.append((node, True))
+        node.children.sort(key=lambda child: child.row)
+        stack += [(child, False) for child in reversed(node.children)]
+    return nodes

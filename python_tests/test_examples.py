@@ -1,0 +1,110 @@
+"""Every example runs, on small models, and shows what it says."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from agent_models import Script, completions, greedy_writer, make_model, make_tokenizer
+from local_server import serve
+
+from mem1_kernels.ppo.config import Config
+from mem1_kernels.ppo.trainer import train
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str):
+    return importlib.import_module(f"examples.{name}")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_one_screen_and_says_how_to_run_it(path):
+    if path.stem in ("__init__", "demo", "demo_llm"):
+        return
+    text = path.read_text()
+    assert len(text.splitlines()) <= 80
+    assert f"examples/{path.name}" in text
+    assert path.name in (EXAMPLES / "README.md").read_text()
+
+
+def test_training_loop():
+    losses = example("training_loop").main(steps=40)
+    assert losses[-1] < losses[0] / 3
+
+
+def test_kv_cache():
+    assert example("kv_cache").main() <= 2e-6
+
+
+def test_retention_policy():
+    assert example("retention_policy").main() <= 2e-5
+
+
+def test_grpo(capsys):
+    rewards = example("grpo").main(steps=2, warm_steps=30)
+    assert len(rewards) == 2
+    gaps = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert max(gaps) <= 2e-5
+
+
+def test_environment(monkeypatch, tmp_path):
+    module = example("environment")
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    task = module.Sums.draw(3, module.random.Random(0))
+    values = [module.calculate(expression) for expression in task.expressions]
+    turns = [
+        f"<think>{sum(values[:number])}</think><calc>{expression}</calc>"
+        for number, expression in enumerate(task.expressions)
+    ]
+    turns += ["<think>?</think><calc>1 / 0</calc>", "<think>?</think><calc>__import__</calc>"]
+    turns += [f"<think>{sum(values)}</think><answer>{sum(values)}</answer>"]
+    Script(monkeypatch, tokenizer, turns)
+    result = module.main(model, tokenizer)
+    assert result.reward == 1.0
+    seen = [turn.observation for turn in result.turns]
+    assert seen[:3] == [str(value) for value in values]
+    assert seen[3].startswith("error: expected whole numbers")
+    assert result.peak_context < result.total_tokens
+
+
+def test_the_environment_trains_by_its_name(tmp_path):
+    """`--environment examples.environment:world`, for two steps of a model that cannot count."""
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = Config(
+        environment="examples.environment:world",
+        model=str(tmp_path / "model"),
+        out=str(tmp_path / "run"),
+        trackers="",
+        sizes=(2,),
+        steps=1,
+        episodes=4,
+        minibatch=4,
+        max_turns=2,
+    )
+    run = train(config, progress=False)
+    assert run.history[0]["turns"] == 2 and run.history[0]["log_prob_gap"] < 1e-3
+
+
+def test_server_engine(tmp_path, capsys):
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with serve(completions(greedy_writer(model, tokenizer))) as server:
+        arguments = [f"{server.url}/v1", str(tmp_path / "model"), "--turns=2", "--new-tokens=6"]
+        assert example("server_engine").main(arguments) <= 2e-5
+    assert "--- turn 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--backward"], ["--dtype=bfloat16"]])
+def test_benchmark_shape(options):
+    shape = ["--prompt=8", "--turns=3", "--state=3", "--action=2", "--info=20", "--head-dim=16"]
+    with torch.random.fork_rng():
+        seconds = example("benchmark_shape").main([*shape, *options])
+    assert seconds.keys() == {"ours", "dense mask", "merely causal"}
