@@ -14,6 +14,10 @@ The work of a prune is its moved bytes, read and written: `2 * moves * batch * b
 Peers: `index_select` and `gather` (Hugging Face's and kvpress's ways: survivors go to new tensors,
 layer by layer), `cat` (slices of the parts, for one contiguous hole), `copy` (the device's rate).
 
+The part `paged` prunes a cache of pages: `dropped` tokens behind a prompt of 300 go, and the 56
+behind them stay. Its work is the pages that it frees, `pages_freed` per row. `dense_moves_ms` is a
+plain copy of the bytes that a dense row's hole filling would move.
+
 The part `attend` is one layer's cached_attention over ragged rows, whose lengths spread evenly from
 a quarter of the context to all of it. The work of a decode step is the keys and values of the
 rows, read once: `2 * sum(lengths) * kv_heads * head_dim * bytes an element`; `of copy` compares

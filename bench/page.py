@@ -219,6 +219,8 @@ def _environment(block: Block) -> str:
         versions.append(f"Python {environment['python']}")
     if environment.get("cuda"):
         versions.append(f"CUDA {environment['cuda']}, driver {environment['driver']}")
+    if environment.get("simd"):
+        versions.append(f"SIMD level {environment['simd']}")
     said["versions"] = ", ".join(versions)
     said["dtype"] = _dtype(block)
     for report in block.reports:

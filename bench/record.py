@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-4", "flashinfer-python")
 
 
 def output(*command: str) -> str | None:
@@ -35,13 +36,13 @@ COMMIT = output("git", "describe", "--always", "--dirty")
 
 
 def environment(device: str | None) -> dict[str, Any]:
-    """Device, driver, versions, commit and time, as they go into every result file.
+    """Device, driver or SIMD level, versions, commit and time, as every result file has them.
 
     Args:
         device: "cpu" or "cuda"; None: nothing runs, code is only compiled.
     """
     versions = {}
-    for package in ("torch", "triton", "transformers", "flash-attn", "flash-attn-4"):
+    for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -62,6 +63,11 @@ def environment(device: str | None) -> dict[str, Any]:
             query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
             record["driver"] = output(*query)
             record["cuda"] = torch.version.cuda
+        else:
+            from mem1_kernels import info
+
+            # "avx512 in use, of ..."; nothing without the extension.
+            record["simd"] = info.extension().get("SIMD", "").partition(" ")[0] or None
     return record
 
 
@@ -127,8 +133,7 @@ class Report:
     def versions(self) -> dict[str, str]:
         """Package to version, of the packages that were there."""
         said = self.environment.get("versions") or self.content
-        packages = ("torch", "triton", "transformers", "flash-attn", "flash-attn-4")
-        return {name: said[name] for name in packages if said.get(name)}
+        return {name: said[name] for name in PACKAGES if said.get(name)}
 
 
 def read_folder(folder: Path) -> list[Report]:
