@@ -20,21 +20,26 @@ CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 .PHONY: setup demo demo-llm test bench check lint types imports cpp model sdist wheel hub clean
 
 setup: $(READY)
+	@echo "Ready: $(BIN)/python. Next: make demo, make test, make bench"
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+	@echo "[1/4] $(VENV): a virtual environment of $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
-# A torch or triton that is there stays.
+# A torch or triton that is there stays. pip is quiet; what it fails at it still says.
 $(DEPENDENCIES): $(wildcard requirements/*.txt) | $(BIN)/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q -r requirements/torch.txt
-	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q -r requirements/triton.txt
-	$(BIN)/python -m pip install -q -r requirements/dev.txt
-	touch $@
+	@echo "[2/4] torch and triton, where the environment has none (about 1 minute)"
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q -r requirements/torch.txt
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q -r requirements/triton.txt
+	@echo "[3/4] the pinned dependencies of requirements/dev.txt (about 1 minute)"
+	@$(BIN)/python -m pip install -q -r requirements/dev.txt
+	@touch $@
 
 $(READY): $(DEPENDENCIES) setup.py pyproject.toml csrc/sources.txt $(CPP_SOURCES)
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
-	$(BIN)/python -m mem1_kernels.info
-	touch $@
+	@echo "[4/4] the package and its compiled extension (about 1 minute on 2 cores; more with nvcc)"
+	@$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m mem1_kernels.info
+	@touch $@
 
 demo: $(READY)
 	$(BIN)/python -m bench.demo
@@ -48,7 +53,7 @@ test: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(READY)
-	$(BIN)/python -m bench.attention $(BENCH_ARGS)
+	$(BIN)/python -m bench $(BENCH_ARGS)
 
 check: lint types imports cpp
 

@@ -1,7 +1,7 @@
 """Attention over MEM1 layouts: ours against dense masks, causal kernels and FlexAttention.
 
     python -m bench.attention --device cpu --tokens 2048 8192 --layouts qa turns500
-    python -m bench.attention --device cuda --out results.json --plot results.png
+    python -m bench.attention --device cuda --out out/bench    # writes out/bench/attention.json
 
 The work is counted in visible pairs only: forward 4 * pairs * heads * head_dim FLOP (two matrix
 products), backward 2.5 times that (five). A peer that can only be causal (it computes another
@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import measure, print_row, write_results
+from bench import cli
+from bench.record import write_results
+from bench.timing import measure, print_row
 from mem1_kernels import BlockPlan, Segment, Trajectory, pack, trajectory_attention, visible
 from mem1_kernels.mask import visible_pairs
 
@@ -290,36 +292,36 @@ def bench_case(case: Case, passes: list[str], peers: list[str], options: dict) -
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 8192])
-    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        default=["float32", "bfloat16"],
-        choices=["float32", "float16", "bfloat16"],
-    )
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
+QUICK = {
+    "tokens": [2048],
+    "layouts": ["qa", "causal"],
+    "passes": ["forward", "backward"],
+    "rounds": 3,
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__, "attention", quick=QUICK)
+    add = parser.add_argument
+    dtypes = ["float32", "float16", "bfloat16"]
     passes = ["plan", "forward", "backward", "all"]
-    parser.add_argument("--passes", nargs="+", choices=passes, default=passes)
-    parser.add_argument(
-        "--peers", nargs="*", default=None, help="of: " + ", ".join(PEERS["cuda"]) + "; default all"
-    )
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=20.0, help="bound on one measurement")
-    parser.add_argument("--quick", action="store_true", help="two layouts, 4,096 tokens, 5 rounds")
-    parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--plot", help="picture of the TFLOP/s to write")
-    options = parser.parse_args()
-    if options.quick:
-        options.tokens, options.layouts, options.rounds = [4096], ["qa", "causal"], 5
+    peers = ", ".join(PEERS["cuda"])
+    add("--tokens", type=int, nargs="+", default=[1024, 4096, 8192], help="lengths of the row")
+    add("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), help="masks")
+    add("--dtypes", nargs="+", choices=dtypes, default=["float32", "bfloat16"], help="of q, k, v")
+    add("--batch", type=int, default=1, help="rows, all of one layout")
+    add("--heads", type=int, default=8, help="of the queries")
+    add("--kv-heads", type=int, default=2, help="of keys and values; divides --heads")
+    add("--head-dim", type=int, default=64, help="of queries, keys and values")
+    add("--passes", nargs="+", choices=passes, default=passes, help="what is timed")
+    add("--peers", nargs="*", help=f"of: {peers} (default: all that the device can run)")
+    add("--seconds", type=float, default=20.0, help="bound on one measurement, in seconds")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
+    options = cli.parse(parser, QUICK)
     peers = list(PEERS[options.device]) if options.peers is None else options.peers
     unknown = set(peers) - set(PEERS[options.device])
     if unknown:
@@ -340,39 +342,7 @@ def main() -> None:
                     row = {"layout": layout, "tokens": tokens, "dtype": dtype, **row}
                     rows.append({**row, **{name: getattr(options, name) for name in shape}})
                     print_row(rows[-1], columns)
-                if options.out:
-                    write_results(options.out, options.device, rows)
-    if options.plot:
-        plot(rows, options.plot)
-
-
-def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """TFLOP/s over tokens, one panel a layout and pass of the last dtype measured."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = [row for row in rows if "tflops" in row and row["dtype"] == rows[-1]["dtype"]]
-    layouts = list(dict.fromkeys(row["layout"] for row in rows))
-    passes = list(dict.fromkeys(row["pass"] for row in rows))
-    figure = Figure(figsize=(3.2 * len(layouts), 3.0 * len(passes)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(passes), len(layouts), squeeze=False, sharex=True)
-    for y, pass_name in enumerate(passes):
-        for x, layout in enumerate(layouts):
-            panel = panels[y][x]
-            here = [row for row in rows if row["layout"] == layout and row["pass"] == pass_name]
-            for name in dict.fromkeys(row["implementation"] for row in here):
-                points = [row for row in here if row["implementation"] == name]
-                tokens, rates = zip(*((p["tokens"], p["tflops"]) for p in points), strict=True)
-                width = 2.2 if name == "ours" else 1.2
-                panel.plot(tokens, rates, marker="o", markersize=3, linewidth=width, label=name)
-            panel.set_title(f"{layout}, {pass_name}", fontsize=9)
-            panel.set_xscale("log", base=2)
-            panel.set_ylim(bottom=0)
-            if x == 0:
-                panel.set_ylabel("TFLOP/s of visible pairs")
-    panels[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+                write_results(options, options.device, rows=rows)
 
 
 if __name__ == "__main__":

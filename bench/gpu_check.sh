@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one command:  bash bench/gpu_check.sh
 # Builds with CUDA, runs the GPU tests, the CUDA ops under compute-sanitizer, the kernels against
 # their peers, and a rollout; 9 minutes at most. A step that fails does not stop the next.
-# Results go to $OUT (default: out/gpu).
+# Results go to $OUT (default: out/gpu); python -m bench --report out/gpu makes a page of them.
 # PYTHON: an interpreter with a CUDA torch, the package's test dependencies and nvcc on the PATH.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -36,16 +36,16 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer 45 compute-sanitizer --error-exi
   -k "rotation and half or paged_bytes"
 step attention 75 "$PYTHON" -m bench.attention --device cuda --dtypes bfloat16 --head-dim 128 \
   --heads 32 --kv-heads 8 --tokens 8192 32768 --layouts qa turns1000 causal \
-  --rounds 10 --seconds 1 --out "$OUT/attention.json"
+  --rounds 10 --seconds 1 --out "$OUT"
 step attention_long 30 "$PYTHON" -m bench.attention --device cuda --dtypes bfloat16 \
   --head-dim 128 --heads 32 --kv-heads 8 --tokens 131072 --layouts qa \
-  --rounds 10 --seconds 1 --out "$OUT/attention_long.json"
+  --rounds 10 --seconds 1 --out "$OUT" --name attention_long
 step kv_cache 40 "$PYTHON" -m bench.kv_cache --device cuda --parts prune paged \
-  --batch 1 64 --survivors 100 356 4000 --seconds 0.4 --out "$OUT/kv_cache.json"
+  --batch 1 64 --survivors 100 356 4000 --seconds 0.4 --out "$OUT"
 step attend 35 "$PYTHON" -m bench.kv_cache --device cuda --parts attend --models qwen2.5-7b \
-  --batch 1 32 64 --rounds 10 --seconds 0.4 --out "$OUT/cached_attention.json"
+  --batch 1 32 64 --rounds 10 --seconds 0.4 --out "$OUT" --name cached_attention
 step rollout 35 "$PYTHON" -m bench.rollout --device cuda --dtype bfloat16 --layers 8 --hidden 1024 \
-  --batch 16 --turns 2 16 --ways reprefill full --rounds 1 --out "$OUT/rollout.json"
+  --batch 16 --turns 2 16 --ways reprefill full --rounds 1 --out "$OUT"
 echo "=== summary"
 cat "$summary"
 ! grep -qv ": exit 0," "$summary"  # fails if a step failed

@@ -1,7 +1,7 @@
 """KV-cache ops: pruning against gathers and the device's copy rate, attention against padded SDPA.
 
     python -m bench.kv_cache --device cpu --batch 1 --survivors 356
-    python -m bench.kv_cache --device cuda --out results.json
+    python -m bench.kv_cache --device cuda --out out/bench    # writes out/bench/kv_cache.json
 
 A row is `prompt | dropped turn | state and action`, as at a state boundary; `survivors` counts the
 first and the last part. Two layouts: `mem1` (556 dropped, the 56 tokens behind them survive, the
@@ -13,6 +13,10 @@ The work of a prune is its moved bytes, read and written: `2 * moves * batch * b
 
 Peers: `index_select` and `gather` (Hugging Face's and kvpress's ways: survivors go to new tensors,
 layer by layer), `cat` (slices of the parts, for one contiguous hole), `copy` (the device's rate).
+
+The part `paged` prunes a cache of pages: `dropped` tokens behind a prompt of 300 go, and the 56
+behind them stay. Its work is the pages that it frees, `pages_freed` per row. `dense_moves_ms` is a
+plain copy of the bytes that a dense row's hole filling would move.
 
 The part `attend` is one layer's cached_attention over ragged rows, whose lengths spread evenly from
 a quarter of the context to all of it. The work of a decode step is the keys and values of the
@@ -35,7 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.timing import measure, print_row, write_results
+from bench import cli
+from bench.record import write_results
+from bench.timing import measure, print_row
 from mem1_kernels.ops._library import implementations
 from mem1_kernels.ops.kv_cache import (
     Rope,
@@ -241,6 +247,7 @@ def paged_row(
         "paged_ms": 1e3 * times["paged"].median,
         "dense_moves_ms": 1e3 * times["copy"].median,
         "paged": times["paged"].row(),
+        "dense_moves": times["copy"].row(),
     }
 
 
@@ -440,27 +447,40 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
 }
 
 
+QUICK = {
+    "models": ["qwen2.5-7b"],
+    "batch": [1, 8],
+    "survivors": [356],
+    "context": [1400],
+    "rounds": 3,
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__, "kv_cache", quick=QUICK)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which ops are timed")
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="whose cache's shape")
+    add("--batch", nargs="+", type=int, default=[1, 8, 64, 256], help="rows of the cache")
+    add(
+        "--survivors", nargs="+", type=int, default=[100, 356, 1000, 4000],
+        help="prune: tokens of a row that stay",
+    )  # fmt: skip
+    add("--context", nargs="+", type=int, default=[1400, 8192], help="attend: the longest row")
+    add("--new-tokens", nargs="+", type=int, default=[1, 500], help="attend: queries per row")
+    add("--flex", action="store_true", help="attend: FlexAttention too; it is slow to compile")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the caches")
+    add("--seconds", type=float, default=4.0, help="bound on one line's measurement, in seconds")
+    add(
+        "--cache-bytes", type=int,
+        help=f"largest cache that is tried (default: {CACHE_BYTES['cpu'] >> 30} GiB on the CPU, "
+        f"{CACHE_BYTES['cuda'] >> 30} GiB on a GPU)",
+    )  # fmt: skip
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256])
-    parser.add_argument("--survivors", nargs="+", type=int, default=[100, 356, 1000, 4000])
-    parser.add_argument("--context", nargs="+", type=int, default=[1400, 8192])
-    parser.add_argument("--new-tokens", nargs="+", type=int, default=[1, 500])
-    parser.add_argument("--flex", action="store_true", help="FlexAttention too: slow to compile")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=4.0, help="at most, for each line")
-    parser.add_argument("--cache-bytes", type=int, help="largest cache that is tried")
-    parser.add_argument("--quick", action="store_true", help="one model, few shapes, 5 rounds")
-    parser.add_argument("--out", help="JSON file for the results")
-    args = parser.parse_args()
-    if args.quick:
-        args.models, args.batch, args.survivors = ["qwen2.5-7b"], [1, 8], [356, 1000]
-        args.context = [1400]
-        args.rounds = 5
+    args = cli.parse(make_parser(), QUICK)
     if args.cache_bytes is None:
         args.cache_bytes = CACHE_BYTES[args.device]
     with torch.inference_mode():
@@ -468,8 +488,7 @@ def main() -> None:
         for part in args.parts:
             for row in PARTS[part](args):
                 rows.append(row)
-                if args.out:
-                    write_results(args.out, args.device, rows)
+                write_results(args, args.device, rows=rows)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,18 @@ not say how much a language model on real questions would lose.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.timing import environment
+from bench import cli
+from bench.names import WARM_STARTS
+from bench.record import write_results
 from mem1_kernels import BlockPlan, Layout, Segment, Trajectory, mem1_release, pack, visible
 from mem1_kernels.hf import patch, unpatch
 from mem1_kernels.ppo.config import read_config
@@ -74,45 +76,37 @@ def attend_as_released(model: Any, layout: Layout, plan: BlockPlan) -> Tensor:
 
 
 MASKS = {"exact": attend, "release": attend_release, "as released": attend_as_released}
-COLOURS = {"exact": "#2a9d8f", "release": "#e9a23b", "as released": "#c8553d"}
-
-
 Curves = dict[str, dict[str, list[list[float]]]]
 """Warm start -> mask -> a figure of each seed's run, step by step."""
 
-WARM_STARTS = {"exact": "exact warm start, PPO under the mask", "own": "both under the mask"}
+
+QUICK = {"steps": 2, "warm_starts": ["exact"]}
 
 
-def plot(curves: Curves, path: Path) -> None:
-    """Mean reward over the steps for each mask, and each seed's as a thin line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.8 * len(curves), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-    for axes, (start, masks) in zip(panels, curves.items(), strict=True):
-        for name, runs in masks.items():
-            for rewards in runs:
-                axes.plot(rewards, color=COLOURS[name], linewidth=0.6, alpha=0.6)
-            mean = torch.tensor(runs).mean(0).tolist()
-            axes.plot(mean, color=COLOURS[name], linewidth=2, label=name)
-        axes.set(title=WARM_STARTS[start], xlabel="PPO step", ylim=(0, 1.02))
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("mean reward")
-    panels[0].legend(title="mask of the trainer", frameon=False)
-    figure.savefig(path, dpi=150)
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__, "mask_ablation", quick=QUICK, devices=(), rounds=None)
+    add = parser.add_argument
+    starts = list(WARM_STARTS)
+    add("--config", default="configs/chain.toml", help="TOML file of the run")
+    add("--steps", type=int, default=20, help="PPO steps per run")
+    add("--seeds", type=int, default=1, help="runs per mask and warm start")
+    add("--warm-starts", nargs="+", choices=starts, default=starts, help="what runs go on from")
+    add("--work", metavar="FOLDER", help="new folder for the runs (default: a temporary one)")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/chain.toml")
-    parser.add_argument("--steps", type=int, default=20, help="PPO steps a run [20]")
-    parser.add_argument("--seeds", type=int, default=1, help="runs a mask and warm start [1]")
-    parser.add_argument("--warm-starts", nargs="+", choices=WARM_STARTS, default=[*WARM_STARTS])
-    parser.add_argument("--work", default="out/mask_ablation", help="folder for the runs")
-    parser.add_argument("--out", default="bench/results/cpu", help="folder for JSON and plot")
-    options = parser.parse_args()
+    parser = make_parser()
+    options = cli.parse(parser, QUICK)
+    if options.work and Path(options.work).exists():
+        parser.error(f"--work: expected a folder that is not there yet, got {options.work}")
+    with TemporaryDirectory() as folder:
+        curves, gaps = run_all(options, Path(options.work or folder))
+    write_results(options, "cpu", rewards=curves, mean_log_prob_gap=gaps)
+
+
+def run_all(options: argparse.Namespace, work: Path) -> tuple[Curves, Curves]:
+    """Rewards, and the mean gap between sampled and trained log-probs, of every run."""
     curves: Curves = {start: {name: [] for name in MASKS} for start in options.warm_starts}
     gaps: Curves = {start: {name: [] for name in MASKS} for start in options.warm_starts}
     config = read_config(
@@ -125,15 +119,15 @@ def main() -> None:
     )
     for start in options.warm_starts:
         for seed in range(options.seeds):
-            work = Path(options.work) / f"{start}-{seed}"
-            begin = replace(config, seed=seed, out=str(work / "start"), steps=0, save_every=1)
+            runs = work / f"{start}-{seed}"
+            begin = replace(config, seed=seed, out=str(runs / "start"), steps=0, save_every=1)
             if start == "exact":
                 train(begin)
             for name, forward in MASKS.items():
                 if start == "own":
-                    begin = replace(begin, out=str(work / f"start {name}"))
+                    begin = replace(begin, out=str(runs / f"start {name}"))
                     train(begin, attend=forward)
-                out = work / name
+                out = runs / name
                 shutil.copytree(begin.out, out)
                 resumed = replace(config, seed=seed, out=str(out), resume=True)
                 run = train(resumed, attend=forward)
@@ -141,16 +135,7 @@ def main() -> None:
                 gaps[start][name].append([record["log_prob_gap_mean"] for record in run.history])
                 first, last = run.rewards[0], run.rewards[-1]
                 print(f"{start:6} {name:12} seed {seed}: {first:.3f} -> {last:.3f}", flush=True)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "environment": environment("cpu"),
-        "config": options.config,
-        "rewards": curves,
-        "mean_log_prob_gap": gaps,
-    }
-    (out / "mask_ablation.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(curves, out / "mask_ablation.png")
+    return curves, gaps
 
 
 if __name__ == "__main__":

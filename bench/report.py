@@ -1,7 +1,10 @@
-"""The tables of both READMEs, from the results that are kept here: `python -m bench.report`.
+"""The tables of both READMEs and the pictures, from the results that are kept in bench/results.
 
-Prints them; with --write it puts them into README.md and bench/results/README.md. A test holds both
-to the results.
+    python -m bench.report              # prints the tables
+    python -m bench.report --write      # puts them into README.md and bench/results/README.md
+    python -m bench.report --pictures   # draws the .png files beside the results
+
+A test compares the tables with the results.
 """
 
 from __future__ import annotations
@@ -11,22 +14,12 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
-LAYOUTS = {
-    "qa": "MEM1-QA: turns of 556",
-    "turns500": "16 turns of 500",
-    "tree": "8 branches behind one prompt",
-    "causal": "causal",
-}
-MASKS = {
-    "exact": "exact",
-    "release": "the released trainer's, as meant",
-    "as released": "the released trainer's, as applied",
-}
+from bench import cli, names, plots, sections
+from bench.record import RESULTS, ROOT, Report
+
+LAYOUTS = ("qa", "turns500", "tree", "causal")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -39,21 +32,20 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """A ratio, to be read as `so many times as long`."""
-    return "" if ratio is None else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
+    """A ratio, to be read as `so many times as long`; empty where there is none."""
+    return "" if ratio is None else sections.times(ratio)
 
 
 def measured_on(report: dict[str, Any]) -> str:
-    said = report["environment"]
-    return f"{said['device']}, {said['threads']} threads, torch {said['versions']['torch']}"
+    return f"{Report('', report).device}, torch {report['environment']['versions']['torch']}"
 
 
 def attention() -> str:
     report = load("cpu/attention.json")
     rows = []
-    for layout, title in LAYOUTS.items():
+    for layout in LAYOUTS:
         for name in ("forward", "backward"):
-            row = [title, name]
+            row = [names.LAYOUTS[layout], name]
             for dtype in ("float32", "bfloat16"):
                 found = {
                     r["implementation"]: r
@@ -121,7 +113,7 @@ def prune() -> str:
 def ablation() -> str:
     report = load("cpu/mask_ablation.json")
     rows = []
-    for mask, title in MASKS.items():
+    for mask, title in names.MASKS.items():
         row = [title]
         for start in ("exact", "own"):
             runs = report["rewards"][start][mask]
@@ -139,10 +131,9 @@ def sm90() -> str:
     rows = []
     for old, new in zip(*reports, strict=True):
         if old["dtype"] == "bf16" and old["head_dim"] in (64, 128, 256) and old["hgmma"]:
-            name = {"fwd": "forward", "dkdv": "dK, dV", "dq": "dQ"}[old["pass"]]
             rows.append(
                 [
-                    name,
+                    names.TRITON_PASSES[old["pass"]],
                     f"{old['head_dim']}",
                     f"{old['block_m']} x {old['block_n']}",
                     f"{old['num_warps']}, {old['num_stages']}",
@@ -190,11 +181,15 @@ def filled(text: str, tables: Iterable[Callable[[], str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
     parser.add_argument("--write", action="store_true", help="put the tables into both READMEs")
-    write = parser.parse_args().write
+    parser.add_argument("--pictures", action="store_true", help="draw the pictures")
+    options = parser.parse_args()
+    if options.pictures:
+        print(*(path.relative_to(ROOT) for path in plots.draw_all(RESULTS)), sep="\n")
+        return
     for path, tables in FILES.items():
-        if write:
+        if options.write:
             path.write_text(filled(path.read_text(), tables))
         else:
             for table in tables:

@@ -1,6 +1,6 @@
 """Rollouts end to end: a pruned cache against full context and against sending the text again.
 
-    python -m bench.rollout --turns 2 8 16 --out results.json
+    python -m bench.rollout --turns 2 8 16 --out out/bench    # writes out/bench/rollout.json
 
 A random Qwen2 writes every turn to its token limit (40 of state and 16 of action) and then reads
 500 tokens; the prompt has 300. Rows of a batch are equally long. Ways to run it:
@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from bench.timing import measure, print_row, write_results
+from bench import cli
+from bench.record import write_results
+from bench.timing import measure, print_row
 from mem1_kernels import Retention, keep_all, mem1
 from mem1_kernels.rollout import Generation, HFEngine, Rollout, Turn
 from mem1_kernels.trajectory import Positions
@@ -134,29 +136,31 @@ def rows_for(turns: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+QUICK = {"turns": [2, 4], "layers": 2, "rounds": 1}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__, "rollout", quick=QUICK, rounds=3)
+    add = parser.add_argument
+    ways = ["reprefill", "full", "hf full"]
+    add("--turns", nargs="+", type=int, default=[2, 8, 16], help="lengths of the rollout")
+    add("--ways", nargs="*", choices=ways, default=ways, help="what runs beside the pruned cache")
+    add("--batch", type=int, default=4, help="rows side by side")
+    add("--layers", type=int, default=4, help="of the model")
+    add("--hidden", type=int, default=256, help="its width, a multiple of 256")
+    add("--dtype", choices=DTYPES, default="float32", help="of the model and its cache")
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--turns", nargs="+", type=int, default=[2, 8, 16])
-    parser.add_argument(
-        "--ways", nargs="*", choices=("reprefill", "full", "hf full"),
-        default=["reprefill", "full", "hf full"], help="what to run beside the pruned cache",
-    )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 256")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", help="JSON file for the results")
-    args = parser.parse_args()
+    args = cli.parse(make_parser(), QUICK)
     print_row({name: name for name in COLUMNS}, COLUMNS)
     rows = []
     for turns in args.turns:
         for row in rows_for(turns, args):
             rows.append(row)
             print_row(row, COLUMNS)
-        if args.out:
-            write_results(args.out, args.device, rows)
+        write_results(args, args.device, rows=rows)
 
 
 if __name__ == "__main__":

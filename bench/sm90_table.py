@@ -1,7 +1,7 @@
 """What the Triton attention kernels compile to for a GPU that need not be there.
 
     python -m bench.sm90_table --markdown
-    python bench/sm90_table.py --json bench/results/sm90_compile.json    # where torch is missing
+    python -m bench.sm90_table --out out/bench    # writes out/bench/triton-<version>.json
 
 Compiles each shipped configuration for every dtype and head_dim, by default for the H100, and
 reads registers, stack (spills), shared memory, tensor-core instructions and asynchronous copies out
@@ -25,7 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench import cli
+from bench.record import ROOT, write_results
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = 232448
 """Bytes of shared memory a block may have on the H100: 227 KiB."""
@@ -182,18 +184,25 @@ def markdown(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--head-dims", nargs="+", type=int, default=HEAD_DIMS)
-    parser.add_argument("--all-flags", action="store_true", help="with floor and softcap")
-    parser.add_argument("--candidates", action="store_true", help="also those that do not ship")
-    parser.add_argument("--capability", type=int, default=90)
-    parser.add_argument("--markdown", action="store_true", help="print a table, not JSON lines")
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
-    args = parser.parse_args()
+QUICK = {"passes": PASSES[:3], "dtypes": ["bf16"], "head_dims": [128]}
 
+
+def make_parser() -> argparse.ArgumentParser:
+    name = f"triton-{triton.__version__}"
+    parser = cli.make_parser(__doc__, name, quick=QUICK, devices=(), rounds=None)
+    add = parser.add_argument
+    add("--passes", nargs="+", choices=PASSES, default=PASSES, help="which kernels")
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of q, k, v")
+    add("--head-dims", nargs="+", type=int, default=HEAD_DIMS, help="of q, k, v")
+    add("--all-flags", action="store_true", help="with floor and softcap")
+    add("--candidates", action="store_true", help="also the configurations that do not ship")
+    add("--capability", type=int, default=90, help="compute capability to compile for")
+    add("--markdown", action="store_true", help="print a table, not JSON lines")
+    return parser
+
+
+def main() -> None:
+    args = cli.parse(make_parser(), QUICK)
     _, configs = _modules()
     rows: list[dict[str, object]] = []
     for name in args.passes:
@@ -209,10 +218,8 @@ def main() -> None:
                         print(*map(json.dumps, new), sep="\n", flush=True)
     if args.markdown:
         print(markdown(rows))
-    if args.json:
-        report = {"triton": triton.__version__, "capability": args.capability, "rows": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    said = {"triton": triton.__version__, "capability": args.capability}
+    write_results(args, None, **said, rows=rows)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,10 @@ run: each round times every candidate once, and a ratio is the median of the rou
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,36 +91,6 @@ def _cuda_timer(run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Device, driver, versions and commit, as they go into every result file."""
-    versions = {}
-    for package in ("torch", "triton", "transformers", "flash-attn", "flash-attn-4"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    record: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "threads": torch.get_num_threads(),
-        "commit": COMMIT,
-    }
-    if device == "cuda":
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        record["driver"] = _output(*query)
-        record["cuda"] = torch.version.cuda
-    return record
-
-
-def write_results(path: str | Path, device: str, rows: list[dict[str, Any]]) -> None:
-    """Writes `{"environment": …, "rows": […]}` as JSON, making the folder if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment(device), "rows": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def print_row(row: dict[str, Any], columns: list[str]) -> None:
     """Prints the named columns of one result on a line."""
     cells = []
@@ -133,20 +98,3 @@ def print_row(row: dict[str, Any], columns: list[str]) -> None:
         value = row.get(name, "")
         cells.append(f"{value:.3g}" if isinstance(value, float) else str(value))
     print("  ".join(cell.ljust(max(9, len(n))) for cell, n in zip(cells, columns, strict=True)))
-
-
-def _cpu_name() -> str:
-    lines = _output("lscpu") or ""
-    names = [line.split(":", 1)[1].strip() for line in lines.splitlines() if "Model name" in line]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-
-
-# Of the code that runs, whatever is committed meanwhile.
-COMMIT = _output("git", "describe", "--always", "--dirty")

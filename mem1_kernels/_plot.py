@@ -1,4 +1,4 @@
-"""The picture of a layout's mask. Needs matplotlib."""
+"""The picture of a layout's mask, and a word that all pictures use. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -74,3 +74,12 @@ def plot_mask(layout: Layout, path: str | Path, *, max_pixels: int) -> None:
         fontsize=10,
     )
     figure.savefig(path, dpi=150)
+
+
+def size_unit(task: str) -> str:
+    """What the size of a task counts.
+
+    >>> size_unit("chain"), size_unit("lookup"), size_unit("qa")
+    ('hops', 'keys', 'objectives')
+    """
+    return {"chain": "hops", "lookup": "keys"}.get(task, "objectives")

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import transformers
 
+from mem1_kernels._plot import size_unit
 from mem1_kernels._secrets import public_address
 from mem1_kernels._text import valid_text
 from mem1_kernels.agent._files import written_whole
@@ -263,37 +264,66 @@ def table(lines: Sequence[Measures]) -> str:
     return "\n".join(rows)
 
 
-def plot(lines: Sequence[Measures], path: str | Path) -> None:
-    """Draws EM (or the reward), peak tokens, dependency and seconds, one curve per mode."""
+def plot(lines: Sequence[Measures], path: str | Path, task: str = "qa") -> None:
+    """Draws EM (or the reward), peak tokens, dependency and seconds, a curve per mode.
+
+    Args:
+        lines: of one task.
+        path: where to; its suffix says the format.
+        task: the task's name; it says what the sizes count (hops, keys or objectives).
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    counted = size_unit(task)
+    summed = "" if counted == "hops" else f", summed over the {counted}"
     scored = any(line.em is not None for line in lines)
     panels = {
-        **({"em": "EM, summed over objectives"} if scored else {"reward": "reward"}),
+        **({"em": f"EM{summed}"} if scored else {"reward": "reward"}),
         "peak_tokens": "peak tokens, without the prompt",
-        "dependency": "dependency",
-        "seconds": "seconds an episode",
+        "dependency": "dependency (log scale)",
+        "seconds": "seconds per episode",
     }
+    words = {
+        "pruned": "pruned cache",
+        "full": "full context",
+        "reprefill": "live text sent again (reprefill)",
+        "server": "server",
+        "server-full": "server, full context",
+    }
+    modes = list(dict.fromkeys(line.mode for line in lines))
+    sizes = sorted({line.objectives for line in lines})
+    # Beside each other, and dashed over solid: equal values do not hide each other.
+    styles = [("o", "-", 3.0), ("s", "-", 1.6), ("^", "--", 1.6), ("D", "-.", 1.6), ("v", ":", 1.6)]
+    figure = Figure(figsize=(9.5, 7), layout="constrained")
+    FigureCanvasAgg(figure)
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for mode in dict.fromkeys(line.mode for line in lines):
+        for place, mode in enumerate(modes):
             points = sorted(
-                (line.objectives, value)
+                (sizes.index(line.objectives) + 0.1 * (place - (len(modes) - 1) / 2), value)
                 for line in lines
                 if line.mode == mode and (value := getattr(line, name)) is not None
             )
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=mode)
-        axes.set_title(title, fontsize=10)
-        axes.set_xscale("log", base=2)
-        ticks = sorted({line.objectives for line in lines})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.set_xlabel("objectives")
+                marker, dashes, width = styles[place]
+                axes.plot(
+                    *zip(*points, strict=True),
+                    marker=marker,
+                    linestyle=dashes,
+                    linewidth=width,
+                    label=words.get(mode, mode),
+                )
+        axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axes.set_xlabel(counted)
         axes.grid(alpha=0.3)
-        axes.set_ylim(bottom=0)
-    figure.axes[0].legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        if name == "dependency":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=-0.03 * axes.get_ylim()[1])
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -480,7 +510,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Measures]:
     except EngineError as error:
         raise SystemExit(" ".join(str(error).split())) from None
     print("\n" + table(lines))
-    plot(lines, options.out / "evaluation.png")
+    plot(lines, options.out / "evaluation.png", options.task)
     print(valid_text(f"{path}, {options.out / 'evaluation.png'}"))
     return lines
 

@@ -148,7 +148,8 @@ def check_units(module: ActorCritic, heads: Sequence[nn.Module]) -> None:
     called = set(module.policy.get_decoder().modules())
     if module.critic_model is not None:
         called |= set(module.critic_model.modules())
-    for name, unit in module.named_modules():
+    for name, part in module.named_modules():
+        unit: Any = part
         if unit is module or not isinstance(unit, FSDPModule):
             continue
         if unit not in called or any(part in heads for part in unit.modules()):

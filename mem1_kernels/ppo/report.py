@@ -50,48 +50,62 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def plot(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws reward and context over the steps, and both over the sizes last evaluated."""
+def plot(history: Sequence[Mapping[str, Any]], path: Path, size: str = "size of the task") -> None:
+    """Draws reward and context over the steps, and both over the sizes last evaluated.
+
+    Args:
+        history: the records of metrics.jsonl.
+        path: where to; SVG if it ends in .svg, else PNG.
+        size: what a size counts, such as hops; label of the lower x axes.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     evaluated = [record for record in history if "evaluation" in record]
     figure = Figure(figsize=(10, 3.6 * (2 if evaluated else 1)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2 if evaluated else 1, 2, squeeze=False)
+    lengths = (
+        ("total_tokens", "whole trajectory (mean)", "s--", "#8d949e"),
+        ("peak_context", "peak context (largest of any)", "o-", "#3f72af"),
+    )
     trained = [record for record in history if "reward" in record]
     steps = [record["step"] for record in trained]
     rewards = [record["reward"] for record in trained]
     axes[0, 0].plot(steps, rewards, "o-", color="#2a9d8f")
-    axes[0, 0].set(xlabel="step", ylabel="mean reward")
+    axes[0, 0].set(xlabel="PPO step", ylabel="mean reward in training")
     if min((reward for reward in rewards if reward is not None), default=0) >= 0:
         axes[0, 0].set(ylim=(0, None))
-    for name, label, colour in (
-        ("total_tokens", "whole trajectory", "#c0c4cc"),
-        ("peak_context", "peak context", "#3f72af"),
-    ):
-        axes[0, 1].plot(steps, [r.get(name) for r in trained], "o-", color=colour, label=label)
-    axes[0, 1].set(xlabel="step", ylabel="tokens an episode", ylim=(0, None))
+    for name, label, style, colour in lengths:
+        axes[0, 1].plot(steps, [r.get(name) for r in trained], style, color=colour, label=label)
+    axes[0, 1].set(xlabel="PPO step", ylabel="tokens per episode, training", ylim=(0, None))
     axes[0, 1].legend(frameon=False)
+    for axis in axes[0]:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if evaluated:
-        for record, colour in ((evaluated[0], "#c0c4cc"), (evaluated[-1], "#2a9d8f")):
+        shown = [(evaluated[0], "s--", "#8d949e"), (evaluated[-1], "o-", "#2a9d8f")]
+        shown = shown[-len(evaluated) :]
+        sizes = sorted({row["size"] for record, *_ in shown for row in record["evaluation"]})
+        for record, style, colour in shown:
             table = record["evaluation"]
-            sizes = [row["size"] for row in table]
-            label = f"step {record['step']}"
+            places = [sizes.index(row["size"]) for row in table]
+            label = f"after {record['step']} steps"
             rewards = [row["reward"] for row in table]
-            axes[1, 0].plot(sizes, rewards, "o-", color=colour, label=label)
-        axes[1, 0].set(xlabel="size of the task", ylabel="mean reward, evaluated", ylim=(0, 1.05))
-        axes[1, 0].legend(frameon=False)
-        for name, label, colour in (
-            ("total_tokens", "whole trajectory", "#c0c4cc"),
-            ("peak_context", "peak context", "#3f72af"),
-        ):
-            axes[1, 1].plot(sizes, [r[name] for r in table], "o-", color=colour, label=label)
-        axes[1, 1].set(xlabel="size of the task", ylabel="tokens", ylim=(0, None))
-        axes[1, 1].legend(frameon=False)
+            axes[1, 0].plot(places, rewards, style, color=colour, label=label)
+        axes[1, 0].set(ylabel="mean reward, evaluated", ylim=(0, 1.05))
+        for name, label, style, colour in lengths:
+            tokens = [row[name] for row in table]
+            axes[1, 1].plot(places, tokens, style, color=colour, label=label)
+        axes[1, 1].set(ylabel="tokens per episode, evaluated", ylim=(0, None))
+        for axis in axes[1]:
+            axis.set_xlabel(size)
+            axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+            axis.legend(frameon=False)
     for axis in axes.flat:
+        axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120, format="png")
+    figure.savefig(path, dpi=120, format="svg" if path.suffix == ".svg" else "png")
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -174,6 +188,8 @@ class Log:
             raise ImportError("matplotlib is not installed (`pip install mem1-kernels[ppo]`)")
         self.accelerator = accelerator
         self.out = Path(config.out)
+        # A World of the user's own counts what it likes.
+        self.size = "size of the task" if config.environment else size_unit(config.task)
         self.path = self.out / "metrics.jsonl"
         self.drawn = time.perf_counter()
         is_main = accelerator.is_main_process
@@ -225,7 +241,7 @@ class Log:
         self.drawn = time.perf_counter()
         if self.accelerator.is_main_process and self.history:
             with replaced(self.out / "curve.png") as path:
-                plot(self.history, path)
+                plot(self.history, path, self.size)
 
 
 def _finite(value: Any) -> Any:
