@@ -149,13 +149,13 @@ def check_units(module: ActorCritic, heads: Sequence[nn.Module]) -> None:
     if module.critic_model is not None:
         called |= set(module.critic_model.modules())
     for name, part in module.named_modules():
-        unit: Any = part
-        if unit is module or not isinstance(unit, FSDPModule):
+        if part is module or not isinstance(part, FSDPModule):
             continue
-        if unit not in called or any(part in heads for part in unit.modules()):
+        inside: Any = part
+        if inside not in called or any(one in heads for one in inside.modules()):
             raise ValueError(
                 "fsdp_transformer_layer_cls_to_wrap: expected the model's layers, "
-                f"got {type(unit).__mro__[2].__name__} ({name}), whose weights are used outside it"
+                f"got {type(part).__mro__[2].__name__} ({name}), whose weights are used outside it"
             )
 
 

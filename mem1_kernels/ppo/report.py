@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from tqdm import tqdm
 
+from mem1_kernels._plot import size_unit
 from mem1_kernels.ppo.config import Config
 from mem1_kernels.ppo.files import from_main, named, replaced
 
