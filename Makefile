@@ -42,11 +42,11 @@ $(READY): $(DEPENDENCIES) setup.py pyproject.toml csrc/sources.txt $(CPP_SOURCES
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python -m bench.demo
+	$(BIN)/python -m examples.demo
 
 # The agent on SmolLM2-135M, or on MODEL=<a Hugging Face id or path>.
 demo-llm: $(if $(MODEL),$(READY),model)
-	$(BIN)/python -m bench.demo_llm $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m examples.demo_llm $(if $(MODEL),--model $(MODEL))
 
 # Two threads a worker, so that the parallel loops of the C++ kernels do run in parallel.
 test: $(READY)

@@ -17,6 +17,7 @@ if importlib.util.find_spec("transformers") is None:
     raise ImportError("transformers is not installed (`pip install mem1-kernels[hf]`)")
 
 from mem1_kernels.hf.cache import TrajectoryCache
+from mem1_kernels.hf.collator import TrajectoryCollator
 from mem1_kernels.hf.patch import NAME, is_patched, patch, patched, unpatch
 
-__all__ = ["NAME", "TrajectoryCache", "is_patched", "patch", "patched", "unpatch"]
+__all__ = ["NAME", "TrajectoryCache", "TrajectoryCollator", "is_patched", "patch", "patched", "unpatch"]
