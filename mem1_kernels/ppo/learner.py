@@ -147,9 +147,10 @@ def check_units(module: ActorCritic, heads: Sequence[nn.Module]) -> None:
     if module.critic_model is not None:
         called |= set(module.critic_model.modules())
     for name, unit in module.named_modules():
+        holds_head = any(part in heads for part in unit.modules())
         if unit is module or not isinstance(unit, FSDPModule):
             continue
-        if unit not in called or any(part in heads for part in unit.modules()):
+        if unit not in called or holds_head:
             raise ValueError(
                 "fsdp_transformer_layer_cls_to_wrap: expected the model's layers, "
                 f"got {type(unit).__mro__[2].__name__} ({name}), whose weights are used outside it"
@@ -182,6 +183,11 @@ class Learner:
 
     def __init__(self, config: Config, accelerator: Accelerator, attend: Attend = attend) -> None:
         check_accelerator(accelerator)
+        if config.bf16 and accelerator.mixed_precision != "bf16":
+            raise ValueError(
+                "bf16: expected an accelerator whose mixed_precision is 'bf16', "
+                f"got {accelerator.mixed_precision!r}"
+            )
         if config.dtype == "bfloat16" and not config.lora_rank:
             warnings.warn(
                 "dtype: weights in bfloat16 lose updates below 1/256 of them; bf16=true computes "
