@@ -82,7 +82,7 @@ class ShardedAccelerator(Accelerator):
 def make_accelerator(kind: str, precision: str) -> Accelerator:
     """A fresh one, "DDP" or "FSDP2", whatever there was before in this process."""
     AcceleratorState._reset_state()
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=60))
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=120))
     make = {"DDP": Accelerator, "FSDP2": ShardedAccelerator}[kind]
     return make(mixed_precision=precision, kwargs_handlers=[patience])
 

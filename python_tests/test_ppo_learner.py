@@ -101,7 +101,7 @@ def test_precision_policies_of_fsdp(monkeypatch, precision, given, said):
     check_accelerator(accelerator)  # of a second run on the same accelerator
     chosen = accelerator.state.fsdp_plugin.mixed_precision_policy
     assert chosen.param_dtype == (BF16 if precision == "bf16" else given and given.param_dtype)
-    assert chosen.reduce_dtype == FP32
+    assert (chosen.reduce_dtype, chosen.cast_forward_inputs) == (FP32, False)
     assert chosen.output_dtype in (None, FP32)
 
 
