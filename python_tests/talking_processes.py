@@ -8,7 +8,9 @@ import json
 import os
 import random
 import sys
+import weakref
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +24,8 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mem1_kernels import Segment, Trajectory, pack
 from mem1_kernels.agent.environment import Step
@@ -31,7 +35,8 @@ from mem1_kernels.ppo.actor_critic import ActorCritic
 from mem1_kernels.ppo.batch import PackedRow
 from mem1_kernels.ppo.config import Config
 from mem1_kernels.ppo.episodes import world_of
-from mem1_kernels.ppo.learner import Learner
+from mem1_kernels.ppo.learner import Learner, reshard
+from mem1_kernels.ppo.memory import HELD, memory_budget
 from mem1_kernels.ppo.report import Stopwatch
 from mem1_kernels.ppo.trainer import end_processes, train
 from mem1_kernels.ppo.update import score_rows, train_on
@@ -77,7 +82,7 @@ class ShardedAccelerator(Accelerator):
 def make_accelerator(kind: str, precision: str) -> Accelerator:
     """A fresh one, "DDP" or "FSDP2", whatever there was before in this process."""
     AcceleratorState._reset_state()
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=60))
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=120))
     make = {"DDP": Accelerator, "FSDP2": ShardedAccelerator}[kind]
     return make(mixed_precision=precision, kwargs_handlers=[patience])
 
@@ -170,11 +175,66 @@ def check_refused(options: dict[str, Any], wrap: str, said: str) -> None:
         del os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"]
 
 
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that were alive at once, of what is made while it is on."""
+
+    def __init__(self, held: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.held = {storage_of(tensor)._cdata for tensor in held}
+        self.seen: dict[int, Any] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = storage_of(tensor)
+                self.seen.setdefault(storage._cdata, weakref.ref(storage))
+        alive = {key: ref() for key, ref in self.seen.items()}
+        self.seen = {key: self.seen[key] for key, storage in alive.items() if storage is not None}
+        made = (storage for key, storage in alive.items() if storage and key not in self.held)
+        self.most = max(self.most, sum(storage.nbytes() for storage in made))
+        return out
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
+
+
+def check_memory(options: dict[str, Any]) -> None:
+    """An optimizer step needs no more than `memory_budget` says, and not much less."""
+    config = Config(**options)
+    learner = Learner(config, make_accelerator("FSDP2", "no"))
+    segments = [Segment("prompt", [5] * 8), Segment("state", [7] * (config.token_budget - 8))]
+    layout = pack([Trajectory(segments)])
+    where = torch.arange(int(layout.loss_mask.sum()))
+    rows = [PackedRow.of(layout, where, torch.device("cpu"))] * learner.accelerator.num_processes
+
+    def loss_of(row, log_probs, entropy, values):
+        return (log_probs.mean() + entropy.mean() + values.mean()), {}
+
+    watch = Stopwatch(torch.device("cpu"))
+    train_on(learner, rows, loss_of, watch)
+    reshard(learner.module)
+    held = [*learner.module.parameters(), *learner.reference.values()]
+    held += [t for state in learner.optimizer.state.values() for t in state.values()]
+    with LiveBytes(held) as live:
+        train_on(learner, rows, loss_of, watch)
+    shape = learner.module.policy.config
+    budget = memory_budget(shape, config, processes=learner.accelerator.num_processes)
+    expected = max(
+        sum(budget[phase].values()) for phase in budget if phase not in (HELD, "rollout")
+    )
+    assert 0.6 * expected < live.most <= expected, (live.most, budget)
+
+
 if __name__ == "__main__":
     for case in json.loads(Path(sys.argv[1]).read_text("utf-8")):
         kind = case.pop("kind")
         if kind == "precision":
             check_precision(**case)
+        elif kind == "memory":
+            check_memory(**case)
         elif kind == "refused":
             check_refused(**case)
         else:

@@ -417,7 +417,7 @@ def make_model(name: str, shape: dict[str, Any], path: Path) -> str:
     """A small model of random weights in a folder."""
     torch.manual_seed(0)
     tiny = {name: getattr(make_policy(Config()).config, name) for name in TINY}
-    config = getattr(transformers, f"{name}Config")(**tiny, **shape)
+    config = getattr(transformers, f"{name}Config")(**tiny | shape)
     getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(path)
     return str(path)
 
@@ -483,6 +483,12 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     for name, every in (("recipe", 0), ("resumed recipe", 1)):
         options = small_recipe | {"save_every": every, "out": str(tmp_path / "FSDP2" / name)}
         cases.append({"kind": "FSDP2", "options": options})
+    wide = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024}
+    wide = make_model("Qwen2", wide, tmp_path / "wide")
+    for checkpointing in (False, True):
+        options = {"trackers": "", "model": wide, "token_budget": 1024}
+        options["gradient_checkpointing"] = checkpointing
+        cases.append({"kind": "memory", "options": options})
     # Units that hold weights which are read outside them.
     for wrap, model, said in (
         ("Linear", "tiny", "got Linear (policy.lm_head)"),

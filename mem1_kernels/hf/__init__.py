@@ -20,4 +20,12 @@ from mem1_kernels.hf.cache import TrajectoryCache
 from mem1_kernels.hf.collator import TrajectoryCollator
 from mem1_kernels.hf.patch import NAME, is_patched, patch, patched, unpatch
 
-__all__ = ["NAME", "TrajectoryCache", "TrajectoryCollator", "is_patched", "patch", "patched", "unpatch"]
+__all__ = [
+    "NAME",
+    "TrajectoryCache",
+    "TrajectoryCollator",
+    "is_patched",
+    "patch",
+    "patched",
+    "unpatch",
+]

@@ -100,8 +100,9 @@ def check_accelerator(accelerator: Accelerator) -> None:
     hook = getattr(accelerator.ddp_handler, "comm_hook", DDPCommunicationHookType.NO)
     if hook != DDPCommunicationHookType.NO:
         raise ValueError(f"comm_hook: expected none, as it rounds gradients, got {hook}")
+    parallelism = getattr(accelerator, "parallelism_config", None)
     for name in ("tp", "cp", "sp"):
-        if getattr(accelerator.parallelism_config, f"{name}_enabled", False):
+        if getattr(parallelism, f"{name}_enabled", False):
             raise ValueError(f"parallelism_config: expected data parallelism only, got {name}")
     if not accelerator.is_fsdp2:
         return
@@ -111,8 +112,7 @@ def check_accelerator(accelerator: Accelerator) -> None:
         ("activation_checkpointing", "the option gradient_checkpointing does it"),
         ("ignored_modules", "their gradients would not be added up over processes"),
     ):
-        if getattr(plugin, name, None):
-            got = getattr(plugin, name)
+        if got := getattr(plugin, name, None):
             raise ValueError(f"fsdp_{name}: expected false or none ({why}), got {got!r}")
     if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
         raise ValueError(
@@ -121,8 +121,7 @@ def check_accelerator(accelerator: Accelerator) -> None:
     low = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     given = plugin.mixed_precision_policy or MixedPrecisionPolicy()
     if low and given == MixedPrecisionPolicy(low, low, low):  # what accelerate makes of "bf16"
-        # Inputs stay as they are too: some models hand their layers float32 rotations.
-        given = MixedPrecisionPolicy(low, cast_forward_inputs=False)
+        given = MixedPrecisionPolicy(low)
     for name, allowed in (
         ("param_dtype", (low, low or torch.float32)),
         ("reduce_dtype", (None, torch.float32)),
@@ -133,7 +132,10 @@ def check_accelerator(accelerator: Accelerator) -> None:
                 f"mixed_precision_policy: expected {name} {allowed[1]} under mixed_precision "
                 f"{accelerator.mixed_precision!r}, got {getattr(given, name)}"
             )
-    plugin.mixed_precision_policy = replace(given, reduce_dtype=torch.float32)
+    # Inputs are not cast either: some models hand their layers rotations in float32.
+    plugin.mixed_precision_policy = replace(
+        given, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 def check_units(module: ActorCritic, heads: Sequence[nn.Module]) -> None:
@@ -185,6 +187,11 @@ class Learner:
 
     def __init__(self, config: Config, accelerator: Accelerator, attend: Attend = attend) -> None:
         check_accelerator(accelerator)
+        if config.bf16 and accelerator.mixed_precision != "bf16":
+            raise ValueError(
+                "bf16: expected an accelerator whose mixed_precision is 'bf16', "
+                f"got {accelerator.mixed_precision!r}"
+            )
         if config.dtype == "bfloat16" and not config.lora_rank:
             warnings.warn(
                 "dtype: weights in bfloat16 lose updates below 1/256 of them; bf16=true computes "
