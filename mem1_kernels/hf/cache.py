@@ -404,7 +404,7 @@ class TrajectoryCache(Cache):
             scale=scale,
             softcap=softcap,
             window=window,
-            positions=self.position_ids if window is not None else None,
+            position_ids=self.position_ids if window is not None else None,
         )
         step.attended.add(layer)
         out = cast(Tensor, out)

@@ -35,7 +35,8 @@ library.define(
 )
 library.define(
     "cached_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, "
-    "Tensor? counts, Tensor? positions, int window, float scale, float softcap) -> (Tensor, Tensor)"
+    "Tensor? counts, Tensor? position_ids, int window, float scale, float softcap) "
+    "-> (Tensor, Tensor)"
 )
 library.define(
     "prune_kv_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) lengths, Tensor keep, "
@@ -79,11 +80,11 @@ def _reference_bwd(
 
 
 def _reference_cached_attention(
-    query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
+    query, key_cache, value_cache, lengths, counts, position_ids, window, scale, softcap
 ):
     with torch.autocast(query.device.type, enabled=False):
         return reference.cached_attention(
-            query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
+            query, key_cache, value_cache, lengths, counts, position_ids, window, scale, softcap
         )
 
 
@@ -159,7 +160,7 @@ def _(keys, values, key_cache, value_cache, lengths, counts) -> None:
 
 @torch.library.register_fake("mem1::cached_attention")
 def _(
-    query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
+    query, key_cache, value_cache, lengths, counts, position_ids, window, scale, softcap
 ) -> tuple[Tensor, Tensor]:
     batch, new_tokens, heads, head_dim = query.shape
     out = query.new_empty(batch, new_tokens, heads, head_dim)
