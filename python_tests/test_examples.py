@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from agent_models import Script, completions, greedy_writer, make_model, make_tokenizer
 from local_server import serve
 
+from mem1_kernels import Segment, Trajectory, visible
+from mem1_kernels.hf import TrajectoryCollator, patched
 from mem1_kernels.ppo.config import Config
 from mem1_kernels.ppo.trainer import train
 
@@ -48,6 +52,52 @@ def test_grpo(capsys):
     assert len(rewards) == 2
     gaps = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert max(gaps) <= 2e-5
+
+
+@pytest.mark.parametrize("trl", [False, True])
+def test_sft_trainer(trl):
+    if trl:
+        pytest.importorskip("trl")
+    losses = example("sft_trainer").main(trl, steps=10, batch_size=4)
+    assert len(losses) == 2 and losses[1] < losses[0]
+
+
+def test_the_trainers_loss_is_that_of_each_trajectory_under_a_dense_mask():
+    """By the collator's batch in one pass, and each trajectory alone in fp64."""
+    module = example("sft_trainer")
+    examples = module.traces(5)
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=module.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    model = transformers.Qwen2ForCausalLM(config)
+    exact = deepcopy(model).double()
+    batch = TrajectoryCollator()(examples)
+    with patched(model):
+        loss = model(**batch).loss
+    total, count = 0.0, 0
+    for one in examples:
+        trajectory = Trajectory([Segment(s["role"], s["ids"], s["turn"]) for s in one["segments"]])
+        mask = torch.zeros(trajectory.num_tokens, trajectory.num_tokens, dtype=torch.float64)
+        mask = mask.masked_fill(~visible(trajectory.expiry), -torch.inf)[None, None]
+        logits = exact(trajectory.token_ids[None], attention_mask=mask, use_cache=False).logits[0]
+        generated = trajectory.loss_mask.nonzero().flatten()
+        rows = logits[generated - 1].log_softmax(-1)
+        total -= float(rows.gather(1, trajectory.token_ids[generated, None]).sum())
+        count += len(generated)
+    assert float(loss) == pytest.approx(total / count, abs=2e-5)
+
+
+def test_examples_that_are_not_trajectories():
+    for wrong in ([{"text": "x"}], [{"segments": ["prompt"]}], [{"segments": [[1, 2]]}]):
+        with pytest.raises((TypeError, ValueError), match="expected"):
+            TrajectoryCollator()(wrong)
 
 
 def test_environment(monkeypatch, tmp_path):
