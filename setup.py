@@ -2,8 +2,9 @@
 
 `MEM1_BUILD_CUDA` decides on CUDA: `auto` (default) looks for nvcc and a CUDA torch and prints what
 it decided, `0` never builds it, `1` fails where it cannot. `TORCH_CUDA_ARCH_LIST` overrides the
-architectures. Run it as `pip install --no-build-isolation .`; to rebuild what changed,
-`python setup.py build_ext --inplace`.
+architectures. `MEM1_TORCH_IN_VERSION=1` names the torch in the version, for wheels that are given
+away: `0.2.0+torch2.13`. Run it as `pip install --no-build-isolation .`; to rebuild what changed,
+`python setup.py build_ext --inplace`. An sdist needs no torch.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 try:
     import pybind11
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
-    raise SystemExit(
-        f"mem1_kernels builds against the torch you have, but {error.name} is not importable.\n"
-        "Install torch, pybind11 and ninja, then run: pip install --no-build-isolation ."
-    ) from error
+    MISSING = str(error)
+    TorchBuildExtension = build_ext
+else:
+    MISSING = None
+    TorchBuildExtension = cpp_extension.BuildExtension
 
 # Where pip puts ninja: on PATH only while the environment is activated.
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
@@ -134,13 +139,48 @@ def build_config(sources: list[str], simd_levels: list[str], cuda_archs: str) ->
     return "\n".join(lines) + "\n"
 
 
-class BuildExtension(cpp_extension.BuildExtension):
+def version_suffix() -> str:
+    """`+torch2.13` on a wheel, where MEM1_TORCH_IN_VERSION asks for it: the torch built against."""
+    choice = os.environ.get("MEM1_TORCH_IN_VERSION", "0")
+    if choice not in ("0", "1"):
+        raise SystemExit(f"MEM1_TORCH_IN_VERSION: expected 0 or 1, got {choice!r}")
+    if choice == "0" or MISSING is not None or "sdist" in sys.argv:
+        return ""
+    return "+torch" + ".".join(torch.__version__.split(".")[:2])
+
+
+class EggInfo(egg_info):
+    """The version of __init__.py, and the torch built against where MEM1_TORCH_IN_VERSION asks."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = version_suffix()
+        super().finalize_options()
+
+
+class BuildPython(build_py):
+    """Modules that have left the source leave the build folder too, and so every later wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "mem1_kernels"), ignore_errors=True)
+        super().run()
+
+
+class BuildExtension(TorchBuildExtension):
     """torch's ninja build, plus the flags of each file's SIMD level."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
         # For an editable install pip names a fresh folder each time; a fixed one rebuilds less.
         self.build_temp = str(ROOT / "build" / f"setup-{sys.implementation.cache_tag}")
+
+    def run(self) -> None:
+        if MISSING is not None:
+            raise SystemExit(
+                f"mem1_kernels builds against the torch you have: {MISSING}.\n"
+                "Install torch, setuptools, ninja and pybind11, and give pip --no-build-isolation."
+            )
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         for level, flags in SIMD_FLAGS.items():
@@ -165,6 +205,8 @@ class BuildExtension(cpp_extension.BuildExtension):
 def extensions() -> list[Extension]:
     """`mem1_kernels._C`, or nothing where there is no C++ compiler: the package works without."""
     listed = read_sources()
+    if MISSING is not None:
+        return [Extension("mem1_kernels._C", listed)]
     choice = os.environ.get("MEM1_BUILD_CUDA", "auto")
     with_cuda, reason = decide_cuda(
         choice,
@@ -210,4 +252,7 @@ def extensions() -> list[Extension]:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExtension, "build_py": BuildPython, "egg_info": EggInfo},
+    )

@@ -48,3 +48,4 @@ step rollout 35 "$PYTHON" -m bench.rollout --device cuda --dtype bfloat16 --laye
   --batch 16 --turns 2 16 --ways reprefill full --rounds 1 --out "$OUT"
 echo "=== summary"
 cat "$summary"
+! grep -qv ": exit 0," "$summary"  # fails if a step failed

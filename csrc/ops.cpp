@@ -19,6 +19,10 @@
 
 namespace {
 
+// ops/_extension.py reads this from the file: a module must not be loaded to be told from another.
+__attribute__((used)) constexpr char kBuiltAgainst[] =
+    "mem1_kernels._C is built against torch " TORCH_VERSION;
+
 using OpNames = std::map<std::string, std::vector<std::string>>;
 
 OpNames& compiled_ops() {

@@ -28,7 +28,7 @@ void append_kv_cpu(const at::Tensor& keys, const at::Tensor& values, const at::T
 std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
     const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
     const at::Tensor& lengths, const std::optional<at::Tensor>& counts,
-    const std::optional<at::Tensor>& positions, int64_t window, double scale, double softcap);
+    const std::optional<at::Tensor>& position_ids, int64_t window, double scale, double softcap);
 
 // cpu/kv_cache.cpp
 void prune_kv_cpu(at::TensorList keys, at::TensorList values, const at::Tensor& lengths,

@@ -24,7 +24,7 @@ from mem1_kernels.retention import (
 from mem1_kernels.trajectory import Layout, Trajectory, pack
 from mem1_kernels.tree import TokenRow, TreeLayout, pack_tree, unroll
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockPlan",

@@ -10,6 +10,7 @@ import torch
 
 import mem1_kernels
 from mem1_kernels.ops import _library
+from mem1_kernels.ops._extension import REBUILD
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "flash-attn")
 
@@ -51,7 +52,7 @@ def devices() -> dict[str, str]:
 
 
 def extension() -> dict[str, str]:
-    """What `mem1_kernels._C` was built from and what it uses here; {} where it is not built.
+    """What `mem1_kernels._C` was built from and what it uses here; {} where it is not loaded.
 
     >>> set(extension()) in (set(), {"torch", "compiler", "SIMD", "threads", "CUDA", "sources"})
     True
@@ -61,10 +62,8 @@ def extension() -> dict[str, str]:
     from mem1_kernels import _C
 
     built = _C.build_info()
-    here = torch.__version__.split("+")[0]
     return {
-        "torch": f"built against {built['torch']}"
-        + ("" if built["torch"] == here else f", running {here}: build it again"),
+        "torch": f"built against {built['torch']}",
         "compiler": built["compiler"],
         "SIMD": f"{built['simd']} in use, of {', '.join(built['simd_compiled'])}",
         "threads": "OpenMP, as many as torch uses" if built["openmp"] else "one (no OpenMP)",
@@ -91,7 +90,7 @@ def report() -> str:
     >>> print(report().splitlines()[0])
     versions
     """
-    built = extension() or {"not built": "make setup, or pip install --no-build-isolation ."}
+    built = extension() or {"not loaded": f"{_library.OBSTACLE}; to build it: {REBUILD}"}
     sections = [("versions", versions()), ("devices", devices()), ("extension _C", built)]
     for op, by_device in operators().items():
         sections.append((f"op {op}", by_device))

@@ -20,16 +20,16 @@ GENERATED = ("state", "action")
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens that live and die together.
+    """A run of tokens that are kept or dropped together.
 
     Args:
-        role: "prompt", "state", "action" or "info"; the policy generates state and action.
-        tokens: how many tokens, or their ids.
-        turn: which turn it belongs to, counted from 0; a trajectory's turns never decrease.
-        depth: 0, or how deep in branches it was written (`fold` drops a branch at its return).
+        role: "prompt", "state", "action" or "info". The model generates state and action.
+        tokens: the number of tokens, or their ids.
+        turn: the number of its turn, from 0; a trajectory's turns never decrease.
+        depth: in how many nested branches it was written (`fold` drops a branch at its return).
 
     Raises:
-        ValueError: unknown role, negative count, turn or depth.
+        ValueError: an unknown role; tokens, a turn or a depth that are negative or no integers.
 
     >>> Segment("state", [11, 12, 13], turn=1).num_tokens
     3
@@ -69,17 +69,17 @@ class Segment:
 
 Expires: TypeAlias = Sequence[int]
 Retention: TypeAlias = Callable[[Sequence[Segment]], "Expires | tuple[Expires, Expires]"]
-"""A retention policy: a plain function from the segments to, for each of them, the index of the
+"""A retention policy: a function of the segments. For each segment it returns the index of the
 first segment that no longer sees it (`len(segments)`: it is never dropped). It may return a second
 list: for each segment, the index of the first segment that its tokens see (its floor).
 
-A rollout asks with the segments so far and the one about to be written, so what a policy says of
-past drops must not change as segments are added; the rollout checks that it does not.
+A rollout calls it with the segments so far and the one about to be written. So a drop that it once
+returned must stay the same when segments are added; the rollout checks this.
 """
 
 
 def _after_turn_writes(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    """Turns that generate something, and the index just behind the last segment they generate."""
+    """The turns that generate something, and for each the index after its last such segment."""
     ends: dict[int, int] = {}
     for index, segment in enumerate(segments):
         if segment.role in GENERATED:
@@ -88,7 +88,7 @@ def _after_turn_writes(segments: Sequence[Segment]) -> tuple[list[int], list[int
 
 
 def mem1(segments: Sequence[Segment]) -> list[int]:
-    """MEM1 (arXiv 2506.15841, section 3.1): a turn is dropped once the next state and action stand.
+    """MEM1 (arXiv 2506.15841, section 3.1): a turn is dropped when the next one has been generated.
 
     The prompt stays. The state, action and info of turn t expire at the end of what turn t+1
     generates, so the info of turn t+1 sees the prompt and that turn's state and action only.
@@ -142,9 +142,9 @@ def keep_all(segments: Sequence[Segment]) -> list[int]:
 
 
 def keep_last(turns: int) -> Retention:
-    """Keeps the prompt and the last `turns` turns, the one being written included.
+    """Keeps the prompt and the last `turns` turns, including the one being written.
 
-    Two policies of the same number of turns are equal, and they can be pickled.
+    Policies with the same number of turns are equal. They can be pickled.
 
     Raises:
         TypeError: turns is no integer.
@@ -209,12 +209,12 @@ def fold(segments: Sequence[Segment]) -> list[int]:
 def retained(
     segments: Sequence[Segment], retention: Retention
 ) -> tuple[list[int], list[int] | None]:
-    """Asks `retention` and checks its answer: (expires, floors or None), as segment indices.
+    """Calls `retention` and checks its result: (expires, floors or None), as segment indices.
 
     Raises:
-        TypeError: an answer that is no list of integers, or two of them.
-        ValueError: an answer of the wrong length, a segment that expires before it ends, or a floor
-            behind its own segment.
+        TypeError: the result is neither a list of integers nor a pair of such lists.
+        ValueError: a result of another length, a segment that expires before it ends, or a floor
+            after its own segment.
 
     >>> retained([Segment("prompt", 4), Segment("state", 2, 1)], keep_all)
     ([2, 2], None)
@@ -230,7 +230,9 @@ def retained(
         else:
             expires = [operator.index(cast(Any, i)) for i in answer]
     except TypeError as error:
-        raise TypeError(f"{name}: expected a list of segment indices, or two ({error})") from None
+        raise TypeError(
+            f"{name}: expected a list of segment indices or a pair of such lists ({error})"
+        ) from None
     count = len(segments)
     for label, values in (("expires", expires), ("floors", floors)):
         if values is not None and len(values) != count:

@@ -58,16 +58,16 @@ class Layout:
         expiry          int32  first index whose query no longer sees this token
         floor           int32  first token that this query sees; None: 0 for every query
         position_ids    int64  RoPE positions
-        loss_mask       bool   tokens that the policy generated
+        loss_mask       bool   tokens that the model generated
         predecessor     int64  the token whose logits predict this one (-1: none)
         document        int64  which of the `num_documents` packed trajectories it belongs to
-        source          int64  its index in those trajectories laid behind each other, so that
-                               `torch.cat(per_trajectory_values)[source]` puts values in this order
+        source          int64  its index in the concatenated trajectories:
+                               `torch.cat(per_trajectory_values)[source]` has this layout's order
         token_ids       int64  None: the segments were given as counts
 
-    `spans` says where each segment lies. `source_tokens` is the number of tokens of the
+    `spans` says where each segment lies. `source_tokens` is the number of tokens of all
     trajectories together; it differs from `num_tokens` where a layout repeats tokens or shares a
-    prompt. `positions` is the form that the positions have. Training is exact only in the form
+    prompt. `positions` says which form the position_ids have. Training is exact only in the form
     that the rollout used.
 
     A layout does not change after it is made; `replaced` makes another one.
@@ -122,7 +122,7 @@ class Layout:
 
     @cached_property
     def peak_context(self) -> int:
-        """The most keys alive at once: what a pruned cache must hold, in tokens."""
+        """The most tokens that are alive at once: the slots that a pruned cache row needs."""
         count = self.num_tokens
         begin = torch.arange(count, device=self.expiry.device)
         end = self.expiry.long().clamp(max=count)
@@ -144,21 +144,21 @@ class Layout:
         return torch.equal(self.position_ids, index)
 
     def shift_labels(self, ignore_index: int = -100) -> Tensor:
-        """What each token has to predict, as transformers' `shift_labels=` takes it.
+        """The id that each token has to predict: transformers' `shift_labels=`.
 
-        A causal LM's own `labels=` are moved by one, which is wrong where a token is not predicted
-        by the one before it. Pass these for both: `labels=shifted, shift_labels=shifted`.
+        A causal LM moves its `labels=` by one. That is wrong where a token is not predicted by the
+        one before it. Pass these labels twice: `labels=shifted, shift_labels=shifted`.
 
         Args:
-            ignore_index: what stands where a token predicts nothing in the loss.
+            ignore_index: the label of a token that predicts nothing in the loss.
 
         Returns:
             int64 `[tokens]`: the id of the generated token that each token predicts.
 
         Raises:
-            ValueError: the layout has no token ids; a generated token that nothing predicts; or,
-                in a tree, a token that predicts several (the last of a prompt with branches): then
-                gather the logits by `predecessor` instead.
+            ValueError: the layout has no token ids; nothing predicts a generated token; or, in a
+                tree, one token predicts several (the last token of a prompt with branches). Gather
+                the logits by `predecessor` then, or take `mem1_kernels.rollout.score`.
 
         >>> Trajectory([Segment("prompt", [5, 6]), Segment("action", [7, 8], 1)]).shift_labels()
         tensor([-100,    7,    8, -100])
@@ -173,8 +173,8 @@ class Layout:
         if len(before.unique()) < len(before):
             token = int(before[before.bincount()[before] > 1][0])
             raise ValueError(
-                f"layout: token {token} predicts the first token of several branches, which "
-                "shift_labels cannot say; gather the logits by layout.predecessor"
+                f"layout: token {token} predicts the first token of several branches, but "
+                "shift_labels hold one label per token; gather the logits by layout.predecessor"
             )
         return torch.full_like(self.predecessor, ignore_index).index_put(
             (before,), self.token_ids[generated]
@@ -207,9 +207,9 @@ class Layout:
         return moved
 
     def plot(self, path: str | Path, *, max_pixels: int = 1200) -> None:
-        """Draws the mask with its segments along both axes into the image file `path`.
+        """Draws the mask, with its segments along both axes, into the image file `path`.
 
-        Above `max_pixels` tokens it draws an even sample of rows and columns.
+        A layout of more than `max_pixels` tokens is sampled evenly.
 
         Raises:
             ImportError: matplotlib is not installed (`pip install mem1-kernels[plot]`).
@@ -242,9 +242,9 @@ class Trajectory(Layout):
         retention: which segment drops which (default: `mem1`).
 
     Raises:
-        TypeError: something that is no segment, or a policy that is no function.
+        TypeError: something that is no Segment, or a policy that is no function.
         ValueError: no segments, decreasing turns, some segments with ids and some without, or a
-            policy whose answer makes no sense.
+            policy whose result does not fit (see `retained`).
 
     >>> trajectory = Trajectory([
     ...     Segment("prompt", 2), Segment("state", 1, 1), Segment("action", 1, 1),
@@ -327,21 +327,21 @@ def _prompt_tokens(layout: Layout) -> int:
 
 
 def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
-    """Lays trajectories behind each other, blind to one another, for one forward pass.
+    """Puts trajectories into one row for one forward pass; none sees another.
 
     An item that is itself a sequence is a group that shares one prompt (GRPO): the prompt is stored
-    and computed once and the rest of each member hangs below it as a branch of a tree.
+    and computed once, and the rest of each member follows as a branch of a tree.
 
     Args:
         items: trajectories, or groups of them; also what `unroll` and `pack` return.
 
     Returns:
-        A Layout; `document` counts the members in the order given.
+        A Layout; `document` numbers the members in the order given.
 
     Raises:
         TypeError: something that is no trajectory or group of them.
-        ValueError: nothing to pack, kept and re-prefilled positions mixed, token ids in some only,
-            or a group whose prompts differ, are empty, or do not live to the end.
+        ValueError: nothing to pack; both forms of positions; token ids in some only; or a group
+            whose prompts differ, are empty, or expire.
 
     >>> a = Trajectory([Segment("prompt", 2), Segment("action", 2, 1)])
     >>> b = Trajectory([Segment("prompt", 2), Segment("action", 1, 1)])
@@ -379,7 +379,7 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
             rest = slice(0 if number == 0 else shared, None)
 
             def place(index: Tensor, shift: int = shift, base: int = base, shared: int = shared):
-                """Member's token indices as packed ones; those in the shared prompt stay in it."""
+                """The packed indices of the member's tokens; the shared prompt is stored once."""
                 return index + torch.where(index < shared, base, shift)
 
             expiry = member.expiry + shift

@@ -43,7 +43,7 @@ class Case:
             self.value_cache,
             self.lengths,
             self.counts,
-            options.get("positions"),
+            options.get("position_ids"),
             options.get("window") or 0,
             options.get("scale") or self.query.shape[3] ** -0.5,
             options.get("softcap") or 0.0,
@@ -71,7 +71,7 @@ class Case:
             own = slot[held - count :, None]
             mask = slot <= own
             if window is not None:
-                position = self.options["positions"][row, :held]
+                position = self.options["position_ids"][row, :held]
                 mask &= position[own] - position < window
             scores = torch.einsum("qhd,hkd->hqk", q, k) * scale
             if softcap:
@@ -117,6 +117,6 @@ def make_case(
             query[row] = torch.nan
     if options.get("window"):
         rows = [torch.randperm(capacity, generator=generator) for _ in lengths]
-        options["positions"] = torch.stack(rows)
+        options["position_ids"] = torch.stack(rows)
     given_counts = None if counts is None else int32(*counts)
     return Case(query, caches[0], caches[1], int32(*lengths), given_counts, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,6 +30,16 @@ class Request:
 
 
 @dataclass
+class Raw:
+    """A reply as bytes: its headers, and its body in pieces, one every `pause` seconds."""
+
+    pieces: list[bytes]
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    pause: float = 0.0
+
+
+@dataclass
 class Server:
     url: str
     requests: list[Request] = field(default_factory=list)
@@ -37,8 +47,9 @@ class Server:
 
 @contextmanager
 def serve(answer: Callable[[Request], Any]) -> Iterator[Server]:
-    """Serves `answer(request)`: a JSON value, text (HTML), or (status, either of them)."""
+    """Serves `answer(request)`: a JSON value, text (HTML), (status, either of them), or `Raw`."""
     server = Server("")
+    closing = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def handle_any(self) -> None:
@@ -49,6 +60,9 @@ def serve(answer: Callable[[Request], Any]) -> Iterator[Server]:
             request = Request(self.command, parts.path, query, headers, body)
             server.requests.append(request)
             reply = answer(request)
+            if isinstance(reply, Raw):
+                self.write_raw(reply)
+                return
             status, content = reply if isinstance(reply, tuple) else (200, reply)
             text = content if isinstance(content, str) else json.dumps(content)
             self.send_response(status)
@@ -58,6 +72,19 @@ def serve(answer: Callable[[Request], Any]) -> Iterator[Server]:
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
+
+        def write_raw(self, reply: Raw) -> None:
+            self.send_response(reply.status)
+            length = sum(map(len, reply.pieces))
+            for name, value in ({"Content-Length": str(length)} | reply.headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            with suppress(OSError):  # the client has gone
+                for piece in reply.pieces:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+                    if closing.wait(reply.pause):
+                        return
 
         do_GET = do_POST = handle_any
 
@@ -71,6 +98,7 @@ def serve(answer: Callable[[Request], Any]) -> Iterator[Server]:
     try:
         yield server
     finally:
+        closing.set()
         httpd.shutdown()
         thread.join()
         httpd.server_close()

@@ -1,7 +1,10 @@
-"""Small runs of the trainer, for the tests of its rooms."""
+"""Small runs of the trainer, for the tests of its rooms, and a disk that is full."""
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -29,6 +32,17 @@ def small(tmp_path: Path, **options) -> Config:
         "token_budget": 128,
     }
     return Config(**(quick | options))
+
+
+@contextmanager
+def full_disk(room: int = 0) -> Iterator[None]:
+    """A disk on which no file can grow beyond `room` bytes."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 def played(config: Config):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from agent_models import completions, greedy_writer, make_model, make_tokenizer
-from local_server import serve
+from local_server import Raw, serve
 
 from mem1_kernels import keep_all, keep_last, mem1, mem1_release
 from mem1_kernels.rollout import EngineError, Generation, HFEngine, ServerEngine, collate, score
@@ -252,7 +252,7 @@ def test_no_server_and_no_answer_in_time():
     with serve(lambda request: time.sleep(0.3) or one_choice()) as server:
         with pytest.raises(EngineError, match="no answer in time"):
             engine_for(server, timeout=0.05, retries=0).run([[4]], world, GENERATION)
-    with pytest.raises(EngineError, match=f"server {server.url}/v1: no connection"):
+    with pytest.raises(EngineError, match=f"server {server.url}/v1, model .*: no connection"):
         engine_for(server, retries=0).run([[4]], world, GENERATION)
 
 
@@ -299,3 +299,52 @@ def test_other_arguments(model, server):
         splits = replace(GENERATION, state_tokens=lambda ids, wrong=wrong: wrong)
         with pytest.raises(ValueError, match=f"state_tokens: expected 0 to .*, got {wrong}"):
             engine_for(server).run([[1]], world, splits)
+
+
+def test_a_server_shows_no_secret(monkeypatch):
+    """Neither the key nor what stands in the address comes back in an error, in any spelling."""
+    key, password = "sk-very/secret key", "pass word"
+    echoed = "sk-very%2Fsecret%20key and sk-very\\/secret key and pass+word"
+
+    def reply(request):
+        assert request.headers["authorization"] == f"Bearer {key}"
+        return 401, {"error": {"message": f"wrong key {key}: {echoed} " + "x" * 5000}}
+
+    with serve(reply) as server:
+        # A password in the address would be sent in place of the key; here it is in the query.
+        address = server.url + "/v1?token=abcdef123&password=pass%20word"
+        engine = ServerEngine(address, "tiny", api_key=key, retries=0)
+        with pytest.raises(EngineError) as raised:
+            engine.run([[4]], world, GENERATION)
+    said = str(raised.value) + repr(raised.value.__cause__) + repr(raised.value.__context__)
+    for secret in (key, "secret", password, "pass%20word", "pass+word", "abcdef123"):
+        assert secret not in str(raised.value), said
+    assert "***" in said and len(str(raised.value)) <= 800
+    assert f"server {server.url}/v1, model 'tiny': status 401" in said
+
+
+def test_a_server_cannot_send_the_key_elsewhere():
+    with serve(lambda request: one_choice()) as other:
+        moved = (302, f"{other.url}/v1/completions")
+        with serve(lambda request: moved) as server:
+            engine = engine_for(server, api_key="secret", retries=0)
+            with pytest.raises(EngineError, match="status 302"):
+                engine.run([[4]], world, GENERATION)
+    assert other.requests == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (Raw([b" "] * 60, pause=0.05), "no answer in time"),
+        (Raw([b" " * 2**20] * 3), "expected at most 1048576 bytes"),
+        (Raw([b"x"], headers={"Content-Encoding": "gzip"}), "not compressed"),
+        (Raw([b"[" * 100_000]), "server"),
+        (Raw([b"not json"]), "server"),
+    ],
+)
+def test_replies_without_an_end_or_a_limit(raw, message):
+    with serve(lambda request: raw) as server:
+        engine = engine_for(server, retries=0, turn_timeout=0.5, max_bytes=2**20)
+        with pytest.raises(EngineError, match=message):
+            engine.run([[4]], world, GENERATION)

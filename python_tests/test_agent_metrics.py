@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import re
+import string
 import unicodedata
 
 import pytest
@@ -36,6 +38,53 @@ from mem1_kernels.agent.metrics import (
         ("München", ["munchen"], 0, 0),
         ("汉字", ["汉字"], 1, 1),
         ("ＮＩＬＥ", ["nile"], 0, 0),
+        # numbers stay what they are
+        ("1.5", ["15"], 0, 0),
+        ("1.5", ["1.5"], 1, 1),
+        ("-5", ["5"], 0, 0),
+        ("5", ["-5"], 0, 0),
+        ("−5", ["-5"], 1, 1),
+        ("–5 °C", ["-5 °C"], 1, 1),
+        ("-$5", ["5"], 0, 0),
+        ("(-5)", ["-5"], 1, 1),
+        ("+5", ["5"], 1, 1),
+        (".5", ["5"], 0, 0),
+        ("1,5", ["15"], 0, 0),
+        ("1,234,567.5", ["1234567.5"], 1, 1),
+        ("1,000, 2,000", ["1000 2000"], 1, 1),
+        ("12,34", ["1234"], 0, 0),
+        ("10-20", ["1020"], 0, 0),
+        ("10:30", ["1030"], 0, 0),
+        ("1/2", ["12"], 0, 0),
+        ("1..2", ["12"], 0, 0),
+        ("5(-3)", ["5-3"], 0, 1 / 2),
+        ("1990–1995", ["1990-1995"], 1, 1),
+        ("1990 — 1995", ["1990-1995"], 1, 1),
+        ("COVID–19", ["COVID-19"], 1, 1),
+        ("3.", ["3"], 1, 1),
+        (".jp", ["jp"], 1, 1),
+        # quotes and dashes
+        ("N’Djamena", ["N'Djamena"], 1, 1),
+        ("Nʼdjamena", ["N'Djamena"], 1, 1),
+        ("“Paris”", ['"Paris"'], 1, 1),
+        ("«Paris»", ["Paris"], 1, 1),
+        ("Guinea‑Bissau", ["Guinea-Bissau"], 1, 1),
+        ("Guinea–Bissau", ["Guinea-Bissau"], 1, 1),
+        ("東京。", ["東京"], 1, 1),
+        ("¿Lima?", ["Lima"], 1, 1),
+        ("Zürich\u00a0City", ["Zürich City"], 1, 1),
+        ("Don\u00adau\u200b", ["Donau"], 1, 1),
+        # letters
+        ("STRASSE", ["Straße"], 1, 1),
+        ("İstanbul", ["istanbul"], 1, 1),
+        ("ΟΔΟΣ", ["οδος"], 1, 1),
+        # what a last sign or letter says
+        ("C++", ["C"], 0, 0),
+        ("C#", ["C++"], 0, 0),
+        ("AB-", ["AB+"], 0, 0),
+        ("vitamin A", ["vitamin"], 0, 2 / 3),
+        ("the the", ["the the"], 1, 1),
+        ("\ue02e5", [".5"], 0, 0),  # a private character is none of our marks
     ],
 )
 def test_scores_by_hand(prediction, golden, em, score):
@@ -47,6 +96,47 @@ def test_two_spellings_of_an_accent_are_one():
     composed, apart = (unicodedata.normalize(form, "Brasília") for form in ("NFC", "NFD"))
     assert composed != apart
     assert exact_match(apart, [composed]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "em"),
+    [
+        ("1.5", "15", 1),
+        ("-5", "5", 1),
+        ("10-20", "1020", 1),
+        ("C++", "C", 1),
+        ("vitamin A", "vitamin", 1),
+        ("N’Djamena", "N'Djamena", 0),
+        ("1990–1995", "1990-1995", 0),
+        ("STRASSE", "Straße", 0),
+        ("the Nile.", "nile", 1),
+        ("A", "a", 1),
+    ],
+)
+def test_the_rule_of_squad_is_what_it_was(prediction, gold, em):
+    assert exact_match(prediction, [gold], squad=True) == em
+    assert (f1(prediction, [gold], squad=True) == 1) == em
+
+
+def test_squad_is_the_published_function():
+    """Against the normalization as SQuAD's evaluation script has it, on texts with its signs."""
+
+    def published(text):
+        text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+        return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+    rng = random.Random(0)
+    pieces = ["a", "an", "The", "x", "é", " ", "  ", ".", "-", "'", "5", "°", "—", "’s", "\n"]
+    for _ in range(5000):
+        text = "".join(rng.choices(pieces, k=rng.randint(0, 8)))
+        assert normalize(text, squad=True) == (published(text) or normalize(text, squad=True))
+        assert published(text) or not published(normalize(text, squad=True))
+
+
+def test_one_rule_at_a_time():
+    for function in (exact_match, f1):
+        with pytest.raises(ValueError, match="squad, released: expected at most one"):
+            function("a", ["a"], squad=True, released=True)
 
 
 def test_the_released_scores_differ_where_they_do():

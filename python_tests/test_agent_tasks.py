@@ -234,5 +234,7 @@ def test_wrong_use_is_refused():
         TableEnvironment().step(turn("answer", []))
     environment = TableEnvironment()
     environment.reset(ChainTask.sample(1, rng))
+    with pytest.raises(TypeError, match="task: expected a ChainTask or a LookupTask, got str"):
+        TableEnvironment().reset("chain")
     with pytest.raises(TypeError, match="token ids"):
         environment.step(MEM1.parse("<think>a</think><answer>b</answer>"))

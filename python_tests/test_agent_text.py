@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from mem1_kernels._text import printable, valid_text
 from mem1_kernels.agent.agent import MemoryEfficientAgent
 from mem1_kernels.agent.environment import EnvironmentBatch, Step, observation_ids
 from mem1_kernels.agent.qa import QATask, RetrievalQA, prompt
 from mem1_kernels.agent.retrieval import BM25, Passage
 from mem1_kernels.agent.tags import MEM1, WEBSHOP, TokenTags
-from mem1_kernels.agent.text import TextCodec, printable, valid_text
+from mem1_kernels.agent.text import TextCodec
 from mem1_kernels.rollout import collate, score
 
 QUESTION = QATask(("What is the capital of Chad?",), (("N'Djamena",),))

@@ -291,6 +291,9 @@ def test_sessions_of_one_goal_are_apart():
         ("<html>nginx</html>", "expected its search page"),
         ((404, "no"), "status 404"),
         (page('<h3 id="reward"><pre>high</pre></h3>'), "unreadable page"),
+        (page('<h3 id="reward"><pre>nan</pre></h3>'), "unreadable page"),
+        (page('<h3 id="reward"><pre>7</pre></h3>'), "unreadable page"),
+        (page("<![nonsense[ x ]]>"), "unreadable page"),
     ],
 )
 def test_a_server_that_is_no_shop(reply, message):
@@ -300,6 +303,44 @@ def test_a_server_that_is_no_shop(reply, message):
         batch = EnvironmentBatch(lambda: WebShop(RemoteSite(server.url)))
         assert batch.reset([0]) == [""]
         assert message in batch.episodes[0].error
+
+
+def test_a_page_nested_without_end():
+    """The work grows with the length of the page, not with its square."""
+    depth = 30_000
+    body = "<div>" * depth + "x" + "<b>y</q>" * depth + "</div>" * depth
+    form = '<form action="/s"><input id="search_input"></form>'
+    with serve(lambda request: page(form + body)) as server:
+        site = RemoteSite(server.url)
+        _, view = site.open(0)
+    assert view.texts == ("x", *["y"] * depth)
+
+
+def test_an_instruction_in_pieces():
+    body = '<div id="instruction-text"><h4>Instruction:<br>a <b>red</b> tea</h4></div>'
+    form = '<form action="/s"><input id="search_input"></form>'
+    with serve(lambda request: body + form) as server:
+        assert RemoteSite(server.url).open(0)[0] == "a red tea"
+
+
+def test_what_a_server_is_asked():
+    for task in (-1, "7", 1.0, True, None):
+        with pytest.raises(TypeError, match="task: expected the number of a goal, got"):
+            RemoteSite("http://127.0.0.1:1").open(task)
+    with pytest.raises(ValueError, match="url: expected an address without a query") as caught:
+        RemoteSite("http://me:pw@host/?key=abc")
+    assert "pw" not in str(caught.value) and "abc" not in str(caught.value)
+
+    def answer(request):
+        form = '<form action="/s"><input id="search_input"></form>'
+        return '<p id="instruction-text">x</p>' + form
+
+    with serve(answer) as server:
+        site = RemoteSite(server.url.replace("//", "//me:pw@"))
+        site.open(3)
+        site.search("tea \ud83d")
+    assert server.requests[1].form == {"search_query": "tea \ufffd"}
+    assert all(r.headers["authorization"] == "Basic bWU6cHc=" for r in server.requests)
 
 
 def test_the_action_comes_from_the_turn_only(shop):

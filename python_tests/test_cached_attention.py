@@ -75,21 +75,23 @@ def test_any_layout(data):
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_window_counts_positions_and_not_slots(new_tokens, index_dtype):
     case = make_case([new_tokens + 2, 300, 180], new_tokens, window=60, softcap=20.0)
-    case.options["positions"] = case.options["positions"].to(index_dtype)
+    case.options["position_ids"] = case.options["position_ids"].to(index_dtype)
     case.check()
     # Positions of slots that the row does not hold say nothing.
     out, _ = case.run()
     for row, held in enumerate(case.lengths.tolist()):
-        case.options["positions"][row, held:] = 2**31 - 1
+        case.options["position_ids"][row, held:] = 2**31 - 1
     assert torch.equal(case.run()[0], out)
     # A view of positions with gaps between its elements.
-    gapped = torch.stack([case.options["positions"]] * 2, 2)[:, :, 0]
-    assert torch.equal(replace(case, options={**case.options, "positions": gapped}).run()[0], out)
+    gapped = torch.stack([case.options["position_ids"]] * 2, 2)[:, :, 0]
+    assert torch.equal(
+        replace(case, options={**case.options, "position_ids": gapped}).run()[0], out
+    )
 
 
 def test_window_in_slot_order_is_the_plain_sliding_window():
     case = make_case([90, 90], 90, window=13)
-    case.options["positions"] = torch.arange(case.key_cache.shape[2]).expand(2, -1) + 1000
+    case.options["position_ids"] = torch.arange(case.key_cache.shape[2]).expand(2, -1) + 1000
     out, _ = case.check()
     key, value = (x[:, :, :90].transpose(1, 2) for x in (case.key_cache, case.value_cache))
     expiry = (torch.arange(90, dtype=torch.int32) + 13).clamp(max=90)
@@ -382,16 +384,16 @@ ATTENTION_ERRORS = [
     ({"softcap": 0.0}, ValueError, r"softcap: expected 1e-18 to 1e18 or None, got 0.0"),
     ({"window": 3.5}, TypeError, r"window: expected an int or None, got float"),
     ({"window": 0}, ValueError, r"window: expected at least 1 token or None, got 0"),
-    ({"window": 3}, ValueError, r"positions: a window needs each slot's position, got None"),
+    ({"window": 3}, ValueError, r"position_ids: a window needs each slot's position, got None"),
     (
-        {"window": 3, "positions": torch.zeros(2, 8)},
+        {"window": 3, "position_ids": torch.zeros(2, 8)},
         TypeError,
-        r"positions: expected int32 or int6",
+        r"position_ids: expected int32 or int6",
     ),
     (
-        {"window": 3, "positions": torch.zeros(2, 7, dtype=torch.int32)},
+        {"window": 3, "position_ids": torch.zeros(2, 7, dtype=torch.int32)},
         ValueError,
-        r"positions: expected \[2, 8\] \(batch, capacity\), got \[2, 7\]",
+        r"position_ids: expected \[2, 8\] \(batch, capacity\), got \[2, 7\]",
     ),
     (
         {"key_cache": torch.zeros(2, 3, 8, 16, requires_grad=True)},
@@ -435,8 +437,8 @@ def test_opcheck(counts):
         torch.ops.mem1.append_kv_.default, (*list(arguments.values())[:-1], counts)
     )
     arguments = attention_arguments()
-    positions = torch.randperm(16).view(2, 8)
-    options = (counts, positions, 4, 0.25, 5.0)
+    position_ids = torch.randperm(16).view(2, 8)
+    options = (counts, position_ids, 4, 0.25, 5.0)
     torch.library.opcheck(
         torch.ops.mem1.cached_attention.default, (*list(arguments.values())[:-1], *options)
     )

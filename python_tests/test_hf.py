@@ -448,6 +448,10 @@ def test_text_decoder_of_a_multimodal_model() -> None:
         got = model(ids, position_ids=position_ids, plan=plan_of(layout)).logits
         whole = model(ids, attention_mask=torch.ones_like(ids), position_ids=position_ids).logits
         assert (got - whole).abs().max() > 1e-4
+        with pytest.raises(ValueError, match="position_ids: expected those of the layout of this"):
+            model(ids, plan=plan_of(layout))
+        with pytest.raises(ValueError, match="labels: the loss takes each token to be predicted"):
+            model(ids, position_ids=position_ids, plan=plan_of(layout), labels=ids)
     assert config.text_config._attn_implementation != hf.NAME
 
 

@@ -213,7 +213,26 @@ def test_a_compiled_loss_checks_its_labels() -> None:
     with torch.no_grad():
         got = run(compiled, layout, labels=labels_of(layout), use_cache=False).loss
         assert_close(got, expected)
+        shifted = layout.shift_labels()[None]
+        options = {"labels": shifted, "shift_labels": shifted, "use_cache": False}
+        assert_close(run(compiled, layout, **options).loss, expected)
         tree = unroll(with_ids(1, keep_last(1)))
         with pytest.raises(RuntimeError, match="labels: the loss takes each token"):
             run(compiled, tree, labels=labels_of(tree), use_cache=False)
     torch._dynamo.reset()
+
+
+def test_a_loss_that_does_not_read_shift_labels() -> None:
+    class OwnLoss(transformers.Qwen2ForCausalLM):  # as ModernBertDecoder in transformers 5.9
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
+            out = self.model(input_ids, **options)
+            logits = self.lm_head(out.last_hidden_state)
+            out.loss = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+            return out
+
+    model = hf.patch(OwnLoss(build("qwen2").config))
+    layout = with_ids(1)
+    assert run(model, layout, labels=labels_of(layout)).loss > 0
+    shifted = layout.shift_labels()[None]
+    with pytest.raises(ValueError, match="shift_labels: the loss of OwnLoss does not read them"):
+        run(model, layout, labels=shifted, shift_labels=shifted)

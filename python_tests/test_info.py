@@ -36,19 +36,20 @@ print(info.report())
 """
 
 
-# An extension that another torch's build left behind: it is found, but does not load.
-STALE = """
+# An extension that is found at {path!r} and does not load.
+BROKEN = """
 import importlib.machinery, sys
-class Stale:
+class Broken:
     def find_spec(self, name, path=None, target=None):
         if name == "mem1_kernels._C":
-            return importlib.machinery.ModuleSpec(name, self)
+            return importlib.machinery.ModuleSpec(name, self, origin={path!r})
     def create_module(self, spec):
         raise ImportError("undefined symbol: _ZN3c10")
     def exec_module(self, module):
         pass
-sys.meta_path.insert(0, Stale())
-import mem1_kernels
+sys.meta_path.insert(0, Broken())
+from mem1_kernels import info
+print(info.report())
 """
 
 
@@ -87,22 +88,62 @@ def test_package_works_without(missing):
     assert result.returncode == 0, result.stderr
     report = result.stdout
     if "mem1_kernels._C" in missing:
-        assert "extension _C\n  not built" in report
+        assert "extension _C\n  not loaded    no extension built" in report
         assert "mem1_kernels._C (" not in report
     if "triton" in missing:
         assert "CUDA          Triton" not in report
 
 
-def test_extension_says_when_it_was_built_for_another_torch(monkeypatch):
-    if not _library.HAS_EXTENSION:
-        pytest.skip("extension not built")
-    monkeypatch.setattr(torch, "__version__", "9.9.9+cpu")
-    assert info.extension()["torch"].endswith("running 9.9.9: build it again")
+def import_with(path: Path) -> subprocess.CompletedProcess[str]:
+    """Imports the package where the extension is the file at `path`, which does not load."""
+    return subprocess.run(
+        [sys.executable, "-c", BROKEN.format(path=str(path))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
-def test_extension_that_does_not_load_says_to_build_it_again():
-    result = subprocess.run([sys.executable, "-c", STALE], cwd=ROOT, capture_output=True, text=True)
+def marked(tmp_path: Path, version: str) -> Path:
+    """A file that says, as a compiled module does, which torch it was built against."""
+    path = tmp_path / "_C.so"
+    path.write_bytes(b"\x7fELF\0mem1_kernels._C is built against torch " + version.encode() + b"\0")
+    return path
+
+
+@pytest.mark.parametrize("built", ["1.0.0", "2.1.0", "99.0.0"])
+def test_extension_for_another_torch_is_left_alone_with_a_warning(tmp_path, built):
+    result = import_with(marked(tmp_path, built))
+    assert result.returncode == 0, result.stderr
+    message = (
+        f"RuntimeWarning: mem1_kernels._C was built against torch {built} and is not loaded under "
+        f"torch {torch.__version__}: CPU ops run in plain torch. To build it again: in a clone"
+    )
+    assert message in result.stderr
+    assert (
+        f"extension _C\n  not loaded    extension built for torch {built}; to build it: in a"
+        in (result.stdout)
+    )
+    assert f"CPU           plain torch (extension built for torch {built})" in result.stdout
+
+
+def test_extension_for_a_patch_release_of_this_torch_is_loaded(tmp_path):
+    release = ".".join(torch.__version__.split(".")[:2]) + ".99"
+    result = import_with(marked(tmp_path, release))
+    assert "undefined symbol: _ZN3c10" in result.stderr, "expected an attempt to load it"
+
+
+def test_extension_that_does_not_load_says_to_build_it_again(tmp_path):
+    result = import_with(marked(tmp_path, torch.__version__))
     assert result.returncode != 0
     assert "ImportError: undefined symbol" in result.stderr
-    message = f"mem1_kernels._C does not load under torch {torch.__version__}; build it again"
+    message = f"mem1_kernels._C does not load under torch {torch.__version__}; build it again: in a"
     assert f"ImportError: {message}" in result.stderr
+
+
+def test_extension_that_does_not_say_what_it_was_built_for_is_an_error(tmp_path):
+    path = tmp_path / "_C.so"
+    path.write_bytes(b"\x7fELF")
+    result = import_with(path)
+    assert result.returncode != 0
+    assert f"ImportError: {path} does not say which torch it was built against" in result.stderr

@@ -45,7 +45,7 @@ def test_windows_and_positions_of_any_size(base, far, implementation):
         expected = torch.einsum("hqk,kd->qhd", weights, cache[1, 0, 0])
         given = torch.tensor([positions])
         if implementation == "op":
-            out = cached_attention(query, *cache, lengths, window=window, positions=given)
+            out = cached_attention(query, *cache, lengths, window=window, position_ids=given)
         else:
             arguments = (lengths, None, given, min(window, 2**62), 0.25, 0.0)
             out = reference.cached_attention(query, *cache, *arguments)[0]
@@ -68,7 +68,7 @@ CALLS = {
         torch.zeros(1, 1, 4, 16),
         torch.tensor([1], dtype=torch.int32),
         window=value,
-        positions=torch.zeros(1, 4, dtype=torch.int32),
+        position_ids=torch.zeros(1, 4, dtype=torch.int32),
     ),
     "windowed": lambda value: windowed(torch.tensor([2, 2]), None, torch.arange(2), value),
     "scale": lambda value: trajectory_attention(*[torch.ones(1, 2, 1, 16)] * 3, scale=value),

@@ -1,4 +1,4 @@
-"""Packed rows and the passes over them: what they hold, what they train, what they refuse."""
+"""Packed rows and the passes over them: what they hold, what they refuse."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from ppo_runs import played, small
 
 from mem1_kernels import keep_all, keep_last, mem1
 from mem1_kernels.ppo.batch import fill
-from mem1_kernels.ppo.learner import ActorCritic, Learner, attend, make_policy
+from mem1_kernels.ppo.learner import attend
 from mem1_kernels.ppo.report import Stopwatch
 from mem1_kernels.ppo.update import score_rows
 from mem1_kernels.rollout import score
-
-Accelerator = pytest.importorskip("accelerate").Accelerator
 
 
 @pytest.mark.parametrize("positions", ["kept", "reprefill"])
@@ -70,57 +68,6 @@ def test_fill_keeps_to_its_budget():
         for members in bins:
             assert len(members) == 1 or sum(sizes[item] for item in members) <= 16
         assert sum(sum(sizes[i] for i in members) <= 8 for members in bins) <= 1
-
-
-def test_only_adapters_are_trained_and_the_reference_is_the_model_after_the_warm_start(tmp_path):
-    learner, batch, rows = played(small(tmp_path, lora_rank=4))
-    assert all("lora_" in name for name in learner.trained)
-    watch = Stopwatch(batch.sampled.device)
-    before = score_rows(learner, rows, batch.sampled, watch)[0]
-    with torch.no_grad():
-        for parameter in learner.trained.values():
-            parameter.add_(0.05)
-    moved = score_rows(learner, rows, batch.sampled, watch)[0]
-    assert (moved - before).abs().max() > 0.01
-    with learner.as_reference():
-        assert torch.equal(score_rows(learner, rows, batch.sampled, watch)[0], before)
-    assert torch.equal(score_rows(learner, rows, batch.sampled, watch)[0], moved)
-
-
-@pytest.mark.parametrize("critic", ["none", "head", "detached", "model"])
-def test_what_the_value_loss_trains(tmp_path, critic):
-    config = small(tmp_path, sft_steps=0)
-    _, batch, rows = played(config)
-    module = ActorCritic(make_policy(config), critic)
-    if critic == "none":
-        assert module(rows[0].layout, rows[0].plan)[2] is None
-        return
-    torch.nn.init.normal_(module.value_head.weight)
-    _, _, values = module(rows[0].layout, rows[0].plan)
-    values.sum().backward()
-    assert module.value_head.weight.grad is not None
-    trains_policy = any(p.grad is not None for p in module.policy.parameters())
-    assert trains_policy == (critic == "head")
-    if critic == "model":
-        assert all(p.grad is not None for p in module.critic_model.parameters())
-
-
-def test_dropout_is_off_and_other_accumulation_is_refused(tmp_path, monkeypatch):
-    from mem1_kernels.ppo import learner as module
-
-    def with_dropout(config):
-        policy = make_policy(config)
-        policy.model.layers[0].mlp.add_module("dropout", torch.nn.Dropout(0.5))
-        return policy
-
-    monkeypatch.setattr(module, "make_policy", with_dropout)
-    learner = Learner(small(tmp_path), Accelerator())
-    rates = [m.p for m in learner.module.modules() if isinstance(m, torch.nn.Dropout)]
-    assert rates == [0.0]
-    with pytest.raises(ValueError, match="gradient_accumulation_steps: expected 1, .*, got 4"):
-        Learner(small(tmp_path), Accelerator(gradient_accumulation_steps=4))
-    with pytest.warns(UserWarning, match="dtype: weights in bfloat16 lose updates"):
-        Learner(small(tmp_path, dtype="bfloat16"), Accelerator())
 
 
 def test_the_masks_of_the_ablation(tmp_path):

@@ -42,6 +42,7 @@ ERRORS = {
     "lr: expected a positive number, got 0": {"lr": 0.0},
     "kl_coef: expected at least 0, got nan": {"kl_coef": float("nan")},
     "rollout_batch: expected at least 1, got 0": {"rollout_batch": 0},
+    "out: expected text without NUL, got 'a\\x00b'": {"out": "a\0b"},
     "clip: expected a number between 0 and 1, got 1.0": {"clip": 1.0},
     "dual_clip: expected 0 or a number above 1, got 1.0": {"dual_clip": 1.0},
     "dual_clip: expected 0 or a number above 1, got -2.0": {"dual_clip": -2.0},

@@ -10,12 +10,14 @@ import pytest
 from agent_models import make_bytes_tokenizer
 from ppo_runs import small
 
-from mem1_kernels import mem1
+from mem1_kernels import Segment, Trajectory, fold, mem1
+from mem1_kernels.agent.world import World
+from mem1_kernels.ppo.config import Config
 from mem1_kernels.ppo.episodes import mean_scores, read_transcripts, world_of
 from mem1_kernels.ppo.learner import Learner
-from mem1_kernels.ppo.trainer import train
+from mem1_kernels.ppo.trainer import evaluate, train
 from mem1_kernels.ppo.warm_start import warm_start
-from python_tests.talking_processes import Talk
+from python_tests.talking_processes import Talk, talk
 
 Accelerator = pytest.importorskip("accelerate").Accelerator
 
@@ -34,9 +36,108 @@ def test_warm_start_learns_and_transcripts_teach_too(tmp_path):
     again = replace(config, transcripts=str(path), sft_keep=1.0, positions="reprefill", sft_jump=0)
     learner = Learner(again, Accelerator())
     assert warm_start(learner, world_of(again), mem1, False) < 2.0
-    path.write_text('{"segments": [["prompt", 0, [1]]]}\n')
-    with pytest.raises(ValueError, match="000000.jsonl, line 1: no transcript"):
+
+
+PROMPT = b'["prompt", 0, [1, 2]]'
+TURN = b'["state", 1, [3]], ["action", 1, [4, 5], 1]'
+TRACE = b'{"segments": [' + PROMPT + b", " + TURN + b'], "reward": 0.5}'
+
+
+def test_transcripts_are_read_whatever_ends_their_lines(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + TRACE + b"\r\n\r\n" + TRACE)
+    segments = [
+        Segment("prompt", [1, 2]),
+        Segment("state", [3], 1),
+        Segment("action", [4, 5], 1, 1),
+    ]
+    assert read_transcripts(str(path)) == [(segments, 0.5)] * 2
+
+
+NO_TRANSCRIPT = {
+    "line 1: no transcript .no 'reward'": b'{"segments": [%s]}' % TURN,
+    "line 1: no transcript .no 'segments'": b"{}",
+    "line 2: no transcript .Unterminated string starting at at column 16": TRACE
+    + b'\n{"segments": [["pro',
+    "line 2: no transcript .*'utf-8' codec": TRACE + b"\n\xff",
+    "line 1: no transcript .*'utf-8' codec": TRACE.decode().encode("utf-16"),
+    "line 1: no transcript .segments: expected tokens of a state or an action": b'{"segments": [%s'
+    b'], "reward": 1}' % PROMPT,
+    "line 1: no transcript .reward: expected a finite number, got nan": TRACE.replace(
+        b"0.5", b"NaN"
+    ),
+    "line 1: no transcript .role: expected one of .*, got 'think'": TRACE.replace(
+        b"state", b"think"
+    ),
+    "line 1: no transcript .tokens: expected ids >= 0, got -3": TRACE.replace(b"[3]", b"[-3]"),
+    "line 1: no transcript .maximum recursion": b"[" * 10**5,
+    "line 1: no transcript": b"[]",
+    "line 1: no tran": b'"text"',
+}
+
+
+@pytest.mark.parametrize("message", NO_TRANSCRIPT)
+def test_a_line_that_is_no_transcript_is_named(tmp_path, message):
+    path = tmp_path / "traces.jsonl"
+    path.write_bytes(NO_TRANSCRIPT[message])
+    with pytest.raises(ValueError, match=f"^transcripts: .*traces.jsonl, {message}"):
         read_transcripts(str(path))
+
+
+def test_a_file_without_transcripts_is_not_taken_for_a_teacher(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    config = small(tmp_path, transcripts=str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match="^transcripts: expected at least one in .*empty.jsonl"):
+        train(config, progress=False)
+    for path, reason in (("none.jsonl", "No such file or directory"), (".", "Is a directory")):
+        with pytest.raises(OSError, match=f"^transcripts: .*: {reason}"):
+            read_transcripts(str(tmp_path / path))
+
+
+def test_ids_that_the_model_does_not_know_are_named(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    path.write_bytes(TRACE + b"\n" + TRACE.replace(b"[3]", b"[999]"))
+    config = small(tmp_path, transcripts=str(path))
+    with pytest.raises(ValueError, match="transcripts: expected ids below 54, .* got 999"):
+        train(config, progress=False)
+
+
+# folding
+
+
+def branching(config: Config) -> World:
+    """The world in which every second turn is a branch that returns at once."""
+    return replace(talk(config), depth=lambda turn: turn.number % 2)
+
+
+def test_fold_drops_what_a_branch_wrote_and_its_transcripts_say_so(tmp_path):
+    config = small(tmp_path, retention="fold", save_transcripts=True, eval_every=2, eval_sizes=(1,))
+    run = train(config, world=branching(config), progress=False)
+    steps = [record for record in run.history if "reward" in record]
+    assert all(record["dropped_per_turn"] > 0 for record in steps)
+    assert all(record["log_prob_gap"] < 1e-3 for record in steps)
+    path = tmp_path / "run" / "transcripts" / "000001.jsonl"
+    depths = {
+        (segment.turn % 2, segment.depth)
+        for segments, _ in read_transcripts(str(path))
+        for segment in segments
+        if segment.role in ("state", "action") and segment.num_tokens
+    }
+    assert depths == {(1, 0), (0, 1)}
+    folded = [Trajectory(segments, fold) for segments, _ in read_transcripts(str(path))]
+    assert any((t.expiry < t.num_tokens).any() for t in folded)
+
+
+def test_fold_needs_a_world_with_branches(tmp_path):
+    config = small(tmp_path, retention="fold", sft_steps=10**6)
+    message = "retention: fold drops .* World.depth, got None"
+    with pytest.raises(ValueError, match=message):
+        train(config, world=talk(config), progress=False)
+    policy = train(small(tmp_path / "plain", steps=0), progress=False).policy
+    with pytest.raises(ValueError, match=message):
+        evaluate(config, policy, world=talk(config))
+    rows = evaluate(replace(config, eval_episodes=4), policy, world=branching(config), sizes=[2])
+    assert rows[0]["peak_context"] < rows[0]["total_tokens"]
 
 
 def test_scores_of_several_objectives():

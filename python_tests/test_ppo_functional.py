@@ -402,6 +402,25 @@ def test_scores_on_last_and_on_every_token():
     assert on_last_token(scores[:2], mask).tolist() == [[0, 0, 0, 0.5, 0], [0, 0, -1, 0, 0]]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_score_that_is_not_finite_is_named(bad, dtype):
+    """It would make every advantage of its group NaN."""
+    scores = torch.tensor([1.0, 0.0, bad, 1.0, bad], dtype=dtype)
+    groups = torch.tensor([0, 0, 1, 1, 1])
+    mask, ids = torch.ones(5, dtype=torch.bool), torch.arange(5)
+    message = f"scores: expected finite numbers, got {bad} for trajectory 2"
+    for call in (
+        lambda: grpo_advantages(scores, groups),
+        lambda: grpo_advantages(scores, groups, scale=False),
+        lambda: rloo_advantages(scores, groups),
+        lambda: on_last_token(scores, mask, ids),
+        lambda: on_every_token(scores, mask, ids),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_credit_errors():
     mask, x = torch.ones(4, dtype=torch.bool), torch.zeros(4)
     ids = torch.tensor([0, 0, 1, 1])

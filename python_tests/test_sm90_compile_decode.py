@@ -116,9 +116,9 @@ def compile_all() -> dict[str, dict]:
             **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), dtype),
         }
         if everything:
-            pointers["positions_ptr"] = "i64"
+            pointers["position_ids_ptr"] = "i64"
         else:
-            constants["positions_ptr"] = None
+            constants["position_ids_ptr"] = None
         name = f"decode {dtype} head_dim {head_dim} rows {query_rows}{' all' * everything}"
         found[name if capability == 90 else f"sm_{capability} {name}"] = look_at(
             kernels._decode_kernel,

@@ -190,7 +190,7 @@ def test_padding_is_never_stored(family: str, side: str) -> None:
             assert held_positions(past)[row] == list(range(len(expected)))
 
 
-def test_positions_count_on_over_drops_unless_told() -> None:
+def test_positions_count_on_over_drops_by_default() -> None:
     model, ids = build(), draw(2, 12)
     with torch.no_grad(), patched(model):
         past = TrajectoryCache(model, batch_size=2)
@@ -518,7 +518,7 @@ class TestRefusals:
         self.refuse(model, past, match.format(8), attention_mask=torch.ones(2, 8))
         self.refuse(model, past, match.format(3), attention_mask=torch.ones(2, 3))
         past.expect([3, 3])
-        self.refuse(model, past, "expect.. told", attention_mask=torch.ones(2, 9))
+        self.refuse(model, past, "expected None after expect", attention_mask=torch.ones(2, 9))
 
     def test_a_mask_from_before_the_prune_is_stale(self, model: Any) -> None:
         past = TrajectoryCache(model, batch_size=2)
@@ -542,7 +542,7 @@ class TestRefusals:
         self.refuse(model, past, "the cache has 2 rows, got 3", input_ids=draw(3, 3))
         self.refuse(model, past, "expected at least one new token", input_ids=draw(2, 0))
         past.expect([4, 1])
-        self.refuse(model, past, "expect.. told of 4 tokens, got 3")
+        self.refuse(model, past, "expect.. announced 4 tokens, got 3")
         plan = BlockPlan.from_expiry(torch.full((3,), 3))
         self.refuse(model, past, "plan: a TrajectoryCache keeps its own", plan=plan)
 
@@ -553,6 +553,8 @@ class TestRefusals:
             past.expect([1, -2])
         with pytest.raises(TypeError, match="counts: expected integers, got torch.float32"):
             past.expect(torch.ones(2))
+        with pytest.raises(TypeError, match="counts: expected integers, got .True, 2."):
+            past.expect([True, 2])
         with pytest.raises(ValueError, match=r"expiry: expected \[2\], got \[1\]"):
             past.expect([1, 2], expiry=[5])
 
@@ -581,7 +583,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"now: expected \[2\], got \[3\]"):
             past.prune_([1, 2, 3])
 
-    def test_two_attentions_a_layer(self) -> None:
+    def test_two_attentions_per_layer(self) -> None:
         if not transformers.DiffLlamaForCausalLM._supports_attention_backend:
             pytest.skip("this transformers gives it no attention backend: patch() raises")
         config = transformers.DiffLlamaConfig(
@@ -612,7 +614,7 @@ class TestRefusals:
         with pytest.raises(TypeError, match="position_ids: expected integers, got torch.float32"):
             model(draw(2, 3), past_key_values=past, position_ids=torch.ones(2, 3))
         past.expect([2**32 + 1, 1])
-        self.refuse(model, past, "expect.. told of 2147483647 tokens, got 3")
+        self.refuse(model, past, "expect.. announced 2147483647 tokens, got 3")
 
     def test_models(self, past: TrajectoryCache) -> None:
         plain = build()

@@ -107,8 +107,8 @@ def test_any_strides():
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_position_dtypes_and_strides(index_dtype):
     case = make_case([100, 70], 2, window=30)
-    positions = case.options["positions"].to(index_dtype)
-    case.options["positions"] = torch.stack([positions] * 2, 2)[:, :, 0]
+    positions = case.options["position_ids"].to(index_dtype)
+    case.options["position_ids"] = torch.stack([positions] * 2, 2)[:, :, 0]
     case.check(run(case))
 
 

@@ -163,7 +163,7 @@ void append_kv_cpu(const at::Tensor& keys, const at::Tensor& values, const at::T
 std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
     const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
     const at::Tensor& lengths, const std::optional<at::Tensor>& counts,
-    const std::optional<at::Tensor>& positions, int64_t window, double scale, double softcap) {
+    const std::optional<at::Tensor>& position_ids, int64_t window, double scale, double softcap) {
   const CacheShape shape = check_caches(key_cache, value_cache);
   check_activation_dtype(query, "query");
   check_dtype(key_cache, "key_cache", query.scalar_type());
@@ -179,11 +179,11 @@ std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
                     "query: expected head_dim 16 to 256 in steps of 8, got ", shape.head_dim);
   TORCH_CHECK_VALUE(shape.capacity < std::numeric_limits<int32_t>::max() - kTile,
                     "key_cache: expected a capacity below 2^31 - 129, got ", shape.capacity);
-  if (positions) {
-    const at::ScalarType dtype = positions->scalar_type();
+  if (position_ids) {
+    const at::ScalarType dtype = position_ids->scalar_type();
     TORCH_CHECK_TYPE(dtype == at::kInt || dtype == at::kLong,
-                     "positions: expected dtype Int or Long, got ", dtype);
-    check_shape(*positions, "positions", {shape.batch, shape.capacity}, "[batch, capacity]");
+                     "position_ids: expected dtype Int or Long, got ", dtype);
+    check_shape(*position_ids, "position_ids", {shape.batch, shape.capacity}, "[batch, capacity]");
     TORCH_CHECK_VALUE(window >= 1, "window: expected at least 1 token, got ", window);
   }
   const std::vector<int64_t> held = read_rows(lengths, "lengths", shape.batch);
@@ -260,10 +260,10 @@ std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
     }
     const int64_t b = group.batch;
     cpu::Positions slots_positions{nullptr, 0, false};
-    if (positions) {
-      slots_positions = {data_at(*positions, b * positions->stride(0)),
-                         positions->stride(1) * positions->element_size(),
-                         positions->scalar_type() == at::kLong};
+    if (position_ids) {
+      slots_positions = {data_at(*position_ids, b * position_ids->stride(0)),
+                         position_ids->stride(1) * position_ids->element_size(),
+                         position_ids->scalar_type() == at::kLong};
     }
     const int64_t begin = group.splits > 1 ? unit.split * kSplitSlots : 0;
     const int64_t end =

@@ -35,7 +35,7 @@ struct CachedRows {
   int64_t first_slot;  // of new token 0; token t sees the slots up to first_slot + t
   Rows key, value;     // a token is a slot
   int64_t slot_begin, slot_end;
-  Positions positions;
+  Positions position_ids;
   int64_t window;
   float* out;  // [rows, head_dim], as if the slots of this split were all
   float* lse;  // [rows]; -infinity: no slot of this split is seen

@@ -47,7 +47,7 @@ struct Sight {
 
   explicit Sight(const CachedRows& unit)
       : least_last(INT32_MAX),
-        windowed(unit.positions.data != nullptr),
+        windowed(unit.position_ids.data != nullptr),
         base(0),
         least_nearest(INT64_MAX) {
     for (int r = 0; r < unit.rows; ++r) {
@@ -56,7 +56,7 @@ struct Sight {
       least_last = last[r] < least_last ? last[r] : least_last;
       nearest[r] = static_cast<int32_t>(-kFar);
       if (!windowed) continue;
-      const int64_t position = position_of(unit.positions, slot);
+      const int64_t position = position_of(unit.position_ids, slot);
       if (r == 0) base = position;
       const int64_t first = minus(position, unit.window - 1);
       nearest[r] = clamp_far(minus(first, base));
@@ -70,7 +70,7 @@ struct Sight {
   bool load_positions(const CachedRows& unit, int64_t slot, int count, int32_t* positions) const {
     bool seen = false;
     for (int i = 0; i < count; ++i) {
-      const int64_t position = position_of(unit.positions, slot + i);
+      const int64_t position = position_of(unit.position_ids, slot + i);
       const bool near = position >= least_nearest;
       positions[i] = near ? clamp_far(minus(position, base)) : INT32_MIN;
       seen |= near;

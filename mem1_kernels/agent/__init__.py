@@ -5,6 +5,7 @@ makes a task by its name; environments stand in modules of their own: `qa`, `fac
 `tasks`.
 """
 
+from mem1_kernels._text import printable, valid_text
 from mem1_kernels.agent.agent import MemoryEfficientAgent, resolve_model
 from mem1_kernels.agent.environment import (
     Environment,
@@ -17,7 +18,7 @@ from mem1_kernels.agent.episodes import Episodes, Result, TurnRecord
 from mem1_kernels.agent.qa import QATask, Question, RetrievalQA, compose, load_questions
 from mem1_kernels.agent.retrieval import BM25, Passage, RetrievalServer, open_retriever
 from mem1_kernels.agent.tags import MEM1, PAPER, WEBSHOP, ParsedTurn, TagSet, TokenTags
-from mem1_kernels.agent.text import TextCodec, printable, valid_text
+from mem1_kernels.agent.text import TextCodec
 from mem1_kernels.agent.world import World, make_world
 from mem1_kernels.rollout import Engine, EngineError, Generation, HFEngine, ServerEngine
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
+from mem1_kernels._text import printable, valid_text
 from mem1_kernels.agent.tags import Content, ParsedTurn, Tags
-from mem1_kernels.agent.text import TextCodec, printable, valid_text
+from mem1_kernels.agent.text import TextCodec
 
 logger = logging.getLogger(__name__)
 

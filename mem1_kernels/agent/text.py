@@ -20,39 +20,6 @@ _ANCHORS = ("=", "|", "#", "~", "0", ".", "\n")
 
 _CUT = "\N{REPLACEMENT CHARACTER}"
 
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
-    "\ufeff\ud800-\udfff]"
-)
-
-
-def printable(text: str) -> str:
-    """`text` with control characters shown as escapes, so that it cannot steer a terminal.
-
-    Line feeds and tabs stay. Escaped are the other control characters (ESC, BEL, CR, ...), marks
-    that turn the direction of writing, line separators and lone surrogates.
-
-    >>> print(printable("red: \\x1b[31m, bell: \\x07"))
-    red: \\x1b[31m, bell: \\x07
-    """
-
-    def escaped(found: re.Match[str]) -> str:
-        code = ord(found.group())
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-    return _UNPRINTABLE.sub(escaped, text)
-
-
-def valid_text(text: str) -> str:
-    """`text` with U+FFFD in place of lone surrogates, which no encoding knows.
-
-    Escapes such as "\\ud83d" in JSON make them.
-
-    >>> valid_text("camel \\ud83d!")
-    'camel \ufffd!'
-    """
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
 
 class TextCodec:
     """Text to token ids and back, for one tokenizer and one set of tags.

@@ -5,26 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mem1_kernels.agent._http import HTTP
+from mem1_kernels._secrets import public_address
+from mem1_kernels._text import valid_text
+from mem1_kernels.agent._files import parse_json, written_whole
+from mem1_kernels.agent._http import HTTP, MAX_BYTES, RETRIES, SHOWN, TIMEOUT
 from mem1_kernels.agent.environment import ToolError
-from mem1_kernels.agent.retrieval import Passage
+from mem1_kernels.agent.retrieval import Passage, check_search
 
 
 @dataclass(frozen=True)
 class Provider:
-    """How a search service is asked and read.
+    """How to ask a search service and read its reply.
 
     Args:
         url: its address.
-        key: the environment variable that holds its key.
+        key: the environment variable with its key.
         ask: (query, topk, key) -> method and arguments of the request.
-        organic, answer: names of the list of results and of the direct answer in its reply.
+        organic, answer: the fields of a reply with the results and with the direct answer.
     """
 
     url: str
@@ -57,19 +59,23 @@ PROVIDERS = {
 
 
 class WebSearch:
-    """Search results as passages of title and snippet, behind a direct answer if there is one.
+    """Search results as passages of title and snippet; a direct answer, if any, comes first.
 
-    The key is read from the environment and stands in no cache file and in no error message.
-    SerpApi takes it in the URL, which httpx's own logger writes at INFO; Serper in a header.
+    The key is read from the environment. It stands in no result, no cache file, no error message
+    and no log record, also where the server echoes it.
 
     Args:
         provider: "serper" or "serpapi".
-        cache: folder where replies are kept, one file a query; None for no cache.
+        cache: folder where replies are kept, one file per query; several processes may share it.
+            None: no cache.
         url: another address that speaks the same JSON.
-        timeout, retries: seconds, and further attempts after a failure that may pass.
+        timeout: seconds per attempt, from the connection to the last byte.
+        retries: further attempts after a failure that may pass.
+        max_bytes: bytes of a reply, unpacked; a longer one is an error.
 
     Raises:
-        ValueError: an unknown provider, or no key in the environment.
+        ValueError: an unknown provider, no key in the environment or one that no header can hold,
+            an argument out of its range.
     """
 
     def __init__(
@@ -78,65 +84,74 @@ class WebSearch:
         *,
         cache: str | Path | None = None,
         url: str | None = None,
-        timeout: float = 30.0,
-        retries: int = 3,
+        timeout: float = TIMEOUT,
+        retries: int = RETRIES,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         if provider not in PROVIDERS:
             raise ValueError(f"provider: expected one of {sorted(PROVIDERS)}, got {provider!r}")
         self.name = provider
         self.provider = PROVIDERS[provider]
-        self._key = os.environ.get(self.provider.key, "")
+        self._key = os.environ.get(self.provider.key, "").strip()
         if not self._key:
             raise ValueError(f"{provider}: expected a key in ${self.provider.key}, got none")
-        self.url = url or self.provider.url
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError(f"{provider}: expected printable ASCII in ${self.provider.key}")
+        address = url or self.provider.url
+        self.url = public_address(address)
         self.cache = Path(cache) if cache is not None else None
-        self._http = HTTP(provider, timeout=timeout, retries=retries)
+        self._http = HTTP(
+            provider,
+            address,
+            secrets=[self._key],
+            timeout=timeout,
+            retries=retries,
+            max_bytes=max_bytes,
+        )
 
     def search(self, queries: Sequence[str], topk: int = 3) -> list[list[Passage]]:
         """At most `topk` passages for each query, best first.
 
         Raises:
-            ToolError: no answer, or one that is no search result.
+            ToolError: no answer, one that is no search result, or a cache that cannot be used.
         """
-        if topk < 1:
-            raise ValueError(f"topk: expected at least 1, got {topk}")
-        return [self._cached(query, topk) for query in queries]
+        check_search(queries, topk)
+        return [self._cached(valid_text(query), topk) for query in queries]
 
     def _cached(self, query: str, topk: int) -> list[Passage]:
         if self.cache is None:
             return self._ask(query, topk)
         asked = json.dumps([self.name, self.url, query, topk])
         file = self.cache / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
-        if file.exists():
-            try:
-                found = json.loads(file.read_text("utf-8"))
-                if not isinstance(found, list):
-                    raise TypeError("no list of passages")
-                return [Passage(**passage) for passage in found]
-            except (ValueError, TypeError) as error:
-                raise ToolError(f"{self.name}: damaged cache file {file}, delete it") from error
+        problem = ""
+        try:
+            if file.exists():
+                return _read_cached(file)
+        except OSError as error:
+            problem = f"cannot read the cache file {file}: {error.strerror}"
+        except ValueError as error:
+            problem = f"damaged cache file {file} ({error}), delete it"
+        if problem:
+            raise ToolError(f"{self.name}: {problem}")
         passages = self._ask(query, topk)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        # written beside and renamed, so that no reader ever sees half of it
-        handle, name = tempfile.mkstemp(dir=self.cache, suffix=".part")
-        with open(handle, "w", encoding="utf-8") as part:
-            json.dump([asdict(passage) for passage in passages], part, ensure_ascii=False)
-        os.replace(name, file)
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with written_whole(file) as part:
+                json.dump([asdict(passage) for passage in passages], part, ensure_ascii=False)
+        except OSError as error:
+            problem = f"cannot write the cache file {file}: {error.strerror}"
+        if problem:
+            raise ToolError(f"{self.name}: {problem}")
         return passages
 
     def _ask(self, query: str, topk: int) -> list[Passage]:
         method, arguments = self.provider.ask(query, topk, self._key)
-        try:
-            return self._http.json(
-                method, self.url, lambda reply: self._read(reply, topk), **arguments
-            )
-        except ToolError as error:
-            raise ToolError(str(error).replace(self._key, "***")) from None
+        return self._http.json(method, lambda reply: self._read(reply, topk), **arguments)
 
     def _read(self, reply: Mapping[str, Any], topk: int) -> list[Passage]:
         results = list(reply.get(self.provider.organic) or [])
         direct = reply.get(self.provider.answer)
-        error = str(reply.get("error", ""))
+        error = str(reply.get("error", ""))[:SHOWN]
         # SerpApi calls it an error when nothing was found: "... hasn't returned any results ..."
         if error and not results and not direct and "any results" not in error:
             raise ToolError(f"{self.name}: {error}")
@@ -147,3 +162,19 @@ class WebSearch:
             title = result.get("title") or "Untitled"
             passages.append(Passage(str(result.get("link", "")), f"{title}\n{text}"))
         return passages
+
+
+def _read_cached(file: Path) -> list[Passage]:
+    """The passages of a cache file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    found = parse_json(file.read_text("utf-8"))
+    if not isinstance(found, list):
+        raise ValueError("no list of passages")
+    try:
+        return [Passage(**passage) for passage in found]
+    except TypeError as error:
+        raise ValueError(str(error)) from None

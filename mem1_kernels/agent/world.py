@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+from mem1_kernels._secrets import public_address
 from mem1_kernels.agent.qa import Question, RetrievalQA, compose, load_questions
 from mem1_kernels.agent.retrieval import is_address, open_retriever
 from mem1_kernels.agent.tasks import ChainTask, LookupTask, TableEnvironment, TableTask, Teacher
 from mem1_kernels.agent.webshop import RemoteSite, Shop, ShopSite, WebShop
 from mem1_kernels.retention import Segment
+from mem1_kernels.rollout import Turn
 
 TASKS = ("chain", "lookup", "factbook", "qa", "webshop")
 TOKEN_TASKS = ("chain", "lookup")
@@ -42,6 +44,7 @@ class World:
         tokenizer: a Hugging Face tokenizer if environments speak text, None if they speak ids.
         eval_tasks: size -> every task of the evaluation, in a fixed order. None: there is no such
             list, and evaluation draws.
+        depth: for the retention policy `fold`: as `Generation.depth`. None: no branches.
     """
 
     draw: Callable[[int, random.Random], Any]
@@ -50,6 +53,7 @@ class World:
     draw_eval: Callable[[int, random.Random], Any] | None = None
     tokenizer: Any = None
     eval_tasks: Callable[[int], Sequence[Any]] | None = None
+    depth: Callable[[Turn], int] | None = None
 
 
 def make_world(
@@ -103,7 +107,7 @@ def make_world(
     for name, value in given.items():
         if value and not used[name]:
             kind = "the procedural shop" if task == "webshop" else f"task {task!r}"
-            raise ValueError(f"{name}: expected none for {kind}, got {value!r}")
+            raise ValueError(f"{name}: expected none for {kind}, got {public_address(value)!r}")
     if task in TOKEN_TASKS:
         return _token_world(task, sizes, eval_sizes, teacher_keep)
     if task == "webshop":
@@ -117,11 +121,8 @@ def make_world(
         for name, value in (("data", data), ("corpus", corpus)):
             if not value:
                 raise ValueError(f"{name}: expected one for task 'qa', got none")
-        questions = _factbook_questions(hops) if data == "factbook" else load_questions(data)
-        held_out = questions
-        if eval_data:
-            own = eval_data == "factbook"
-            held_out = _factbook_questions(hops) if own else load_questions(eval_data)
+        questions = _questions("data", data, hops)
+        held_out = _questions("eval_data", eval_data, hops) if eval_data else questions
     retriever = open_retriever(corpus or "factbook")
     return _listed(
         lambda: RetrievalQA(retriever, topk=topk),
@@ -162,6 +163,12 @@ def _try_sizes(option: str, sizes: Iterable[int], attempt: Callable[[int], Any])
             raise ValueError(f"{option}: {error}") from None
 
 
+def _questions(option: str, data: str, hops: Iterable[int]) -> list[Question]:
+    if data == "factbook":
+        return _factbook_questions(hops)
+    return load_questions(data, option=option)
+
+
 def _factbook_questions(hops: Iterable[int]) -> list[Question]:
     from mem1_kernels.agent.factbook import Factbook
 
@@ -194,8 +201,12 @@ def _shop_world(
     held_out: Sequence[Any]
     if address:
         if not is_address(address):
-            raise ValueError(f"corpus: expected the address of a WebShop server, got {address!r}")
-        environment = WebShop(RemoteSite(address))
+            got = public_address(address)
+            raise ValueError(f"corpus: expected the address of a WebShop server, got {got!r}")
+        try:
+            environment = WebShop(RemoteSite(address))
+        except ValueError as error:
+            raise ValueError(f"corpus: {error}") from None
         goals = _numbers("data", data)
         held_out = _numbers("eval_data", eval_data) if eval_data else goals
     else:

@@ -1,4 +1,4 @@
-"""TrajectoryCache: a KV cache of ragged rows, each slot with its expiry, pruned in place."""
+"""TrajectoryCache: a KV cache of ragged rows that is pruned in place; each slot has an expiry."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from mem1_kernels.mask import saturated
 from mem1_kernels.ops.kv_cache import append_kv_, cached_attention, prune_kv_
 
 NEVER = torch.iinfo(torch.int32).max
-"""The expiry of a slot that nothing drops."""
+"""The expiry of a slot that is never dropped."""
 
 FIRST_CAPACITY = 256
+"""Slots per row at the start, without a given capacity."""
 
 
 @dataclass
 class _Expected:
-    """What `expect` said of the next forward pass."""
+    """What `expect` announced for the next forward pass."""
 
     counts: Tensor  # int32 [batch]
     most: int
@@ -43,45 +44,52 @@ class _Step:
 
     tokens: int
     counts: Tensor | None  # int32 [batch]; None: all tokens
-    lengths: Tensor  # int32 [batch], the new tokens included
+    lengths: Tensor  # int32 [batch], including the new tokens
     next_position: Tensor  # int64 [batch]
-    order: Tensor | None = None  # int64 [batch, tokens]: the rows' tokens first, padding behind
+    order: Tensor | None = None  # int64 [batch, tokens]: each row's tokens first, then padding
     updated: set[int] = field(default_factory=set)
     attended: set[int] = field(default_factory=set)
 
 
 class TrajectoryCache(Cache):
-    """The past_key_values of a patched model whose rows forget.
+    """A KV cache of ragged rows, pruned in place: the past_key_values of a patched model.
 
-    Row `b` uses slots `0 .. lengths[b] - 1`, in no order that matters: a pruned slot is filled by
-    another one. Each slot knows its token's position and expiry, so sliding-window layers go by
-    positions. The model need not know which tokens are gone; it must only go on at the right
-    positions, and those count on over dropped tokens unless `position_ids` say otherwise.
+    Row `b` uses slots `0 .. lengths[b] - 1`. Their order does not matter: a token from the end
+    moves into the slot of a dropped one. Each slot keeps its token's position and expiry, so
+    sliding-window layers go by positions. The model need not know which tokens were dropped. New
+    tokens get the positions after the newest one, dropped or not (default), or `position_ids`.
 
-    A forward pass appends its tokens to every row, except those that a 2D attention mask names
-    padding, of either side (`[batch, get_seq_length() + new tokens]`; its older columns are not
-    read), or, after `expect(counts)`, all but each row's first `counts[b]`. `generate()` goes on
-    from a pruned cache if it is given the new tokens only, a mask as above and position_ids; it
-    feeds padding to rows that stopped early, so drop that before the next turn:
+    A forward pass appends its tokens to every row, with two exceptions. Padding in a 2D attention
+    mask, on either side, is left out; the mask is `[batch, get_seq_length() + new tokens]`, and its
+    older columns are not read. After `expect(counts)` row `b` takes its first `counts[b]` tokens.
+
+    `generate()` continues from a pruned cache. Give it the new tokens only, a mask as above, and
+    position_ids. It feeds padding to rows that stopped early, so drop that before the next turn:
     `cache.prune_(keep=cache.position_ids < end[:, None])`.
 
     Args:
         model: the transformers model that will use it, or a module that wraps it.
-        batch_size: rows.
-        capacity: slots of a row. None: as many as it takes, doubled when they run out.
+        batch_size: the number of rows.
+        capacity: slots per row. None: it starts small and doubles when a row is full.
         ordered: keep the slots' order when pruning (more moves).
 
     Attributes:
-        lengths: int32 `[batch]`, tokens that each row holds.
+        lengths: int32 `[batch]`, the tokens that each row holds.
         position_ids: int32 `[batch, capacity]`, of each slot's token.
-        expiry: int32 `[batch, capacity]`, write to it what you like: `prune_(now)` drops the slots
-            with `expiry <= now`. A new slot never expires unless `expect` says otherwise.
+        expiry: int32 `[batch, capacity]`: `prune_(now)` drops the slots with `expiry <= now`. A new
+            slot never expires (default) or gets what `expect` says; you may write to it.
 
-    The attributes are replaced, not changed, when the cache grows. What lies in slots from
-    `lengths[b]` on means nothing.
+    The attributes are other tensors after the cache has grown. The contents of slots from
+    `lengths[b]` on are undefined.
 
     Raises:
-        ValueError: batch_size or capacity < 1, or a model with layers that are not attention.
+        TypeError: batch_size or capacity is no integer, or ordered no bool.
+        ValueError: batch_size or capacity < 1, or a model that `patch` does not take or that has
+            layers of other kinds than full and sliding-window attention.
+
+    A forward pass raises a ValueError before it writes anything for rows or tokens that do not fit,
+    positions that do not rise, positions past the model's table of position embeddings or past
+    those where its RoPE changes, and a full cache of fixed capacity.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
     >>> from mem1_kernels.hf import patched
@@ -140,17 +148,17 @@ class TrajectoryCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
+        """The number of rows."""
         return self._batch_size
 
     @property
     def capacity(self) -> int:
-        """Slots of a row."""
+        """Slots per row."""
         return self.position_ids.shape[1]
 
     @property
     def tokens(self) -> int:
-        """Tokens held, over all rows. Reads the device."""
+        """The number of tokens held, over all rows. Reads the device."""
         return int(self.lengths.sum())
 
     @property
@@ -160,18 +168,20 @@ class TrajectoryCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, for keys, values and what is kept of each slot."""
+        """Bytes allocated, for keys, values, positions and expiries."""
         tensors = [*self.keys.values(), *self.values.values(), self.position_ids, self.expiry]
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def expect(
         self, counts: Sequence[int] | Tensor, *, expiry: int | Sequence[int] | Tensor = NEVER
     ) -> None:
-        """Announces the next forward pass: row `b` takes the first `counts[b]` of its tokens. It
-        stands until a pass has begun, whatever is pruned before that.
+        """Announces the next forward pass: row `b` takes the first `counts[b]` of its tokens.
+
+        It holds until a pass has begun, also when slots are pruned before that.
 
         Args:
-            counts: `[batch]`, 0 or more each; read on the host, so best a list or a CPU tensor.
+            counts: `[batch]`, 0 or more each. They are read on the host: prefer a list or a CPU
+                tensor.
             expiry: of the new slots: one for all, or `[batch]`.
 
         Raises:
@@ -195,14 +205,15 @@ class TrajectoryCache(Cache):
         """Drops slots of all layers in place: those with `expiry <= now`, or those not in `keep`.
 
         Args:
-            now: one time for all rows, or one a row.
-            keep: bool `[rows, capacity]`; what it says of slots from `lengths` on is ignored.
-            rows: the rows that now or keep speak of, in that order; None: all. Others keep all.
+            now: one time for all rows, or one per row.
+            keep: bool `[rows, capacity]`; slots from `lengths` on are ignored.
+            rows: which rows `now` or `keep` is for, in that order (default: all). The other rows
+                keep all their slots.
 
         Raises:
-            TypeError: keep is not boolean, or now or rows no integers.
-            ValueError: not exactly one of now and keep, another shape, or rows that are unknown or
-                named twice. Nothing is written then.
+            TypeError: keep is not boolean, or now or rows are no integers.
+            ValueError: not exactly one of now and keep, another shape, or rows that do not exist or
+                are named twice. Nothing is written then.
         """
         named = range(self.batch_size) if rows is None else _integers("rows", rows)
         unknown = [row for row in named if not 0 <= row < self.batch_size]
@@ -240,7 +251,7 @@ class TrajectoryCache(Cache):
             )
 
     def reset(self) -> None:
-        """Empties all rows, as if nothing had ever been in them; the memory stays."""
+        """Empties all rows and forgets their positions and peak; the memory stays allocated."""
         self._step, self._expected, self._seen = None, None, 0
         self._committed = False
         for x in (self.lengths, self._next_position, self._peak):
@@ -249,14 +260,14 @@ class TrajectoryCache(Cache):
     # What transformers asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The columns that an attention mask must have for what was there before: the longest row
-        after a prune, and from then on all tokens fed, padding included."""
+        """The number of older columns that an attention mask must have: the longest row after a
+        prune, plus all tokens fed since, including padding."""
         if self._seen is None:
             self._seen = int(self.lengths.max())
         return self._seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Attention is handed the new tokens only (`update`), behind all those seen."""
+        """`update` returns the new tokens only; they come after all those seen."""
         return query_length, self.get_seq_length()
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -270,17 +281,18 @@ class TrajectoryCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hands the new keys and values on: the patched attention appends them itself."""
+        """Returns the new keys and values as they are; the patched attention appends them."""
         if self._step is None:
             raise ValueError(
-                "past_key_values: a TrajectoryCache needs a patched model, called whole"
+                "past_key_values: a TrajectoryCache needs a patched model; this one is not, "
+                "or its layers were called one by one"
             )
         self._step.updated.add(layer_idx)
         return key_states, value_states
 
     def _unsupported(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            "past_key_values: a TrajectoryCache serves greedy and sampled decoding, not beams, "
+            "past_key_values: a TrajectoryCache supports greedy and sampled decoding, not beams, "
             "assisted decoding, offloading or repeated rows"
         )
 
@@ -292,11 +304,14 @@ class TrajectoryCache(Cache):
     def begin(
         self, shape: Sequence[int], attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> Tensor:
-        """Before the layers of a forward pass over `[batch, tokens]`; returns its position_ids.
+        """Prepares a forward pass over `[batch, tokens]`, before its layers run.
+
+        Returns:
+            The pass's position_ids, `[batch, tokens]`; 0 for padding.
 
         Raises:
-            ValueError: tokens or rows that do not fit, a stale mask, positions that do not rise, or
-                no room. Nothing is written then.
+            TypeError, ValueError: tokens, rows, a mask or position_ids that do not fit (see the
+                class). Nothing is written then.
         """
         batch, tokens = shape
         self._step = None
@@ -332,7 +347,7 @@ class TrajectoryCache(Cache):
         lengths = self.lengths + taken
         self._make_room(tokens, lengths)
 
-        # Which of the new tokens comes to each slot, where one does.
+        # Which of the new tokens goes into each slot, if one does.
         coming = torch.arange(self.capacity, device=self.device) - self.lengths[:, None]
         fresh = (coming >= 0) & (coming < taken[:, None])
         coming = coming.clamp(0, tokens - 1).long()
@@ -355,10 +370,13 @@ class TrajectoryCache(Cache):
         softcap: float | None,
         window: int | None,
     ) -> Tensor:
-        """Appends the new keys and values of one layer, then attends.
+        """Appends the new keys and values of one layer, then computes attention.
 
-        query, key, value: `[batch, heads, tokens, head_dim]`, after RoPE. Returns `[batch, tokens,
-        heads, head_dim]`, 0 for padding.
+        Args:
+            query, key, value: `[batch, heads, tokens, head_dim]`, after RoPE.
+
+        Returns:
+            `[batch, tokens, heads, head_dim]`, 0 for padding.
         """
         step = cast(_Step, self._step)
         if layer in step.attended:
@@ -386,7 +404,7 @@ class TrajectoryCache(Cache):
             scale=scale,
             softcap=softcap,
             window=window,
-            positions=self.position_ids if window is not None else None,
+            position_ids=self.position_ids if window is not None else None,
         )
         step.attended.add(layer)
         out = cast(Tensor, out)
@@ -395,7 +413,7 @@ class TrajectoryCache(Cache):
         return out
 
     def commit(self) -> None:
-        """After the layers of a forward pass: its tokens now belong to their rows."""
+        """Ends a forward pass, after its layers ran: its tokens now belong to their rows."""
         step = cast(_Step, self._step)
         if missing := sorted((step.updated | self.keys.keys()) - step.attended):
             raise ValueError(f"model: the attention of layers {missing} does not reach the cache")
@@ -412,14 +430,16 @@ class TrajectoryCache(Cache):
         attention_mask: Tensor | None,
         expected: _Expected | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """(counts, order, expiry) of a forward pass over so many tokens."""
+        """(counts, order, expiry) of a forward pass over `tokens` tokens."""
         never = torch.full_like(self.lengths, NEVER)
         if expected is not None:
             if attention_mask is not None:
-                raise ValueError("attention_mask: expect() told which tokens count; pass only one")
+                raise ValueError(
+                    "attention_mask: expected None after expect(), which says the same; got both"
+                )
             if expected.most > tokens:
                 raise ValueError(
-                    f"input_ids: expect() told of {expected.most} tokens, got {tokens}"
+                    f"input_ids: expect() announced {expected.most} tokens, got {tokens}"
                 )
             return expected.counts, None, expected.expiry
         if attention_mask is None:
@@ -487,8 +507,10 @@ class TrajectoryCache(Cache):
         rows: int | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        """int32 `[rows]` on the cache's device, from one value for all or one a row."""
+        """int32 `[rows]` on the cache's device, from one value for all rows or one per row."""
         rows = self.batch_size if rows is None else rows
+        if isinstance(value, (list, tuple)) and any(isinstance(x, bool) for x in value):
+            raise TypeError(f"{name}: expected integers, got {value!r}")
         try:
             values = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:

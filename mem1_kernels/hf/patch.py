@@ -1,4 +1,4 @@
-"""One transformers model patched to run under a plan or over a TrajectoryCache, and restored."""
+"""Patches one transformers model to run under a plan or over a TrajectoryCache, and restores it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NAME = "mem1"
 
 _STATE = "_mem1_patch"
 
-# Keywords of the model and its loss that pass through every attention function unread.
+# Keywords of the model and its loss that reach every attention function, which does not need them.
 _NOT_OURS = frozenset(
     {
         "cache_position",
@@ -58,12 +58,24 @@ Model = TypeVar("Model", bound=nn.Module)
 def patch(model: Model) -> Model:
     """Makes every attention layer of `model` run `trajectory_attention`.
 
-    Afterwards the model takes one keyword more: `model(input_ids, position_ids=…, plan=…)` with
-    `BlockPlan.of(layout)` and the layout's `position_ids`, each of one row for the whole batch or
-    of one row per batch row. A 2D `attention_mask` beside a plan hides padding from it.
-    Sliding-window layers apply their window to positions. Without a plan the model is causal as
-    before. PEFT, checkpointing, autocast, DDP and torch.compile (after patching) go on working. A
-    `TrajectoryCache` serves as past_key_values, of the forward pass and of `generate()`.
+    The model then takes one keyword more: `model(input_ids, position_ids=..., plan=...)`, with
+    `BlockPlan.of(layout)` and the layout's `position_ids`. The plan has one row for the whole batch
+    or one per batch row. A 2D `attention_mask` beside a plan hides padding. Sliding-window layers
+    apply their window to positions. Without a plan the model is causal as before. PEFT, gradient
+    checkpointing, autocast, DDP and torch.compile (after patching) still work. A `TrajectoryCache`
+    serves as past_key_values, in a forward pass and in `generate()`.
+
+    The loss of a causal LM moves `labels=` by one token. That is right where each label's token
+    follows the token that predicts it: in a trajectory, and in packed ones whose prompts are -100.
+    In a tree it is not; go by `predecessor` there:
+
+        logits = model(layout.token_ids[None], position_ids=layout.position_ids[None],
+                       plan=BlockPlan.of(layout)).logits[0]
+        target = layout.loss_mask.nonzero().flatten()
+        loss = cross_entropy(logits[layout.predecessor[target]], layout.token_ids[target])
+
+    or, where no token predicts several, pass `layout.shift_labels()[None]` as both `labels=` and
+    `shift_labels=`.
 
     Args:
         model: a transformers causal model on the attention interface (transformers >= 5.9), with
@@ -76,13 +88,18 @@ def patch(model: Model) -> Model:
     Raises:
         ValueError: no transformers model in it, or several, or one that is patched already, or
             whose config object is another patched model's; an encoder or encoder-decoder; a model
-            whose attention cannot be replaced.
+            whose attention cannot be replaced. docs/models.md lists the classes.
 
-    A forward pass of a patched model raises on what it cannot honour: 4D masks, dropout, attention
-    sinks, bidirectional attention, a plan beside cached tokens, under a plan layers of another kind
-    than attention or a model that keeps it from them, attention weights as output, and any keyword
-    that no part of the model knows. An unpatched model swallows a plan without a word:
-    transformers offers no place to notice it.
+    A forward pass of a patched model raises a ValueError or TypeError on what it cannot honour:
+
+    - 4D masks, dropout, attention sinks, bidirectional attention, attention weights as output, a
+      model that computes with its mask, and any keyword that no part of the model knows;
+    - positions past a table of position embeddings (GPT-2, OPT, CTRL);
+    - with a plan: cached tokens, layers of other kinds than full and sliding-window attention, a
+      model that does not hand the plan to its attention, missing `position_ids` of a layout whose
+      positions are others than 0, 1, 2, ..., and `labels` that the shift by one makes wrong.
+
+    A model that is not patched ignores a plan silently, as transformers does with any keyword.
 
     >>> from transformers import Qwen2Config, Qwen2ForCausalLM
     >>> model = Qwen2ForCausalLM(Qwen2Config(
@@ -109,14 +126,17 @@ def patch(model: Model) -> Model:
     readers = [
         module
         for module in root.modules()
-        if isinstance(module, PreTrainedModel) and module.config is decoder.config
+        if isinstance(module, PreTrainedModel)
+        and (module is root or module.config is decoder.config)
     ]
     guards = [
         module.register_forward_pre_hook(partial(_check_plan, _names(module)), with_kwargs=True)
         for module in readers
     ]
     if root.get_output_embeddings() is not None:
-        check_labels = partial(_check_labels, _names(root))
+        # The common loss_function reads shift_labels; a model that computes its own loss does not.
+        calls = inspect.unwrap(type(root).forward).__code__.co_names
+        check_labels = partial(_check_labels, _names(root), "loss_function" in calls)
         guards.append(root.register_forward_pre_hook(check_labels, with_kwargs=True))
     stack = stack_of(decoder)
     open_pass = partial(_open_pass, table_of(stack))
@@ -149,10 +169,10 @@ def unpatch(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model) -> Iterator[Model]:
-    """`patch` for the length of a `with` block; leaves a model that is patched already as it is.
+    """`patch` for a `with` block, and `unpatch` after it; a patched model stays as it is.
 
     Raises:
-        ValueError: as `patch`, but for a patched model.
+        ValueError: as `patch`, except for a model that is patched already.
     """
     if is_patched(model):
         yield model
@@ -166,7 +186,7 @@ def patched(model: Model) -> Iterator[Model]:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch` is in force on the model."""
+    """Whether the model is patched."""
     return hasattr(root_of(model), _STATE)
 
 
@@ -177,13 +197,13 @@ def _register() -> None:
 
 @dataclass
 class _Patch:
-    """What a patched model remembers: what its configs said before, and the hooks it got."""
+    """What `unpatch` needs: the attention that the configs named before, and the hooks."""
 
     before: list[tuple[PreTrainedConfig, str]]
     guards: list[RemovableHandle]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        _register()  # unpickled, perhaps, where nobody patches
+        _register()  # it may be unpickled in a process that has not called patch()
         self.__dict__.update(state)
 
 
@@ -201,6 +221,12 @@ def _names(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
+def _inputs(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """input_ids or inputs_embeds of a model's forward: `[batch, tokens, ...]`."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if ids is None else ids
+
+
 def _check_plan(
     names: list[str], module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
 ) -> None:
@@ -209,7 +235,7 @@ def _check_plan(
     plan = given.get("plan")
     if plan is None:
         return
-    current = module.config._attn_implementation
+    current = module.config.get_text_config(decoder=True)._attn_implementation
     if current != NAME:
         raise ValueError(
             f"plan: needs attention {NAME!r}, but this {type(module).__name__} was set to "
@@ -217,8 +243,7 @@ def _check_plan(
         )
     if not isinstance(plan, BlockPlan):
         raise TypeError(f"plan: expected a BlockPlan, got {type(plan).__name__}")
-    inputs = given.get("input_ids")
-    inputs = given.get("inputs_embeds") if inputs is None else inputs
+    inputs = _inputs(args, kwargs)
     if inputs is None:
         return  # the model raises
     batch, tokens = inputs.shape[:2]
@@ -235,20 +260,31 @@ def _check_plan(
 
 
 def _check_labels(
-    names: list[str], module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+    names: list[str],
+    reads_shift_labels: bool,
+    module: PreTrainedModel,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> None:
-    """Before the forward of a patched causal LM: its loss moves `labels` by one, so that it is
-    wrong for each token that is not predicted by the token before it."""
+    """Before the forward of a patched causal LM: its loss moves `labels` by one, which is wrong for
+    each token that is not predicted by the token before it."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     plan, labels = given.get("plan"), given.get("labels")
-    if plan is None or labels is None or given.get("shift_labels") is not None:
+    if plan is None or labels is None:
+        return
+    if given.get("shift_labels") is not None:
+        if not reads_shift_labels:
+            raise ValueError(
+                f"shift_labels: the loss of {type(module).__name__} does not read them; gather the "
+                "logits by layout.predecessor"
+            )
         return
     if labels.shape[-1] != plan.tokens:
         raise ValueError(f"labels: expected {plan.tokens} tokens, got {labels.shape[-1]}")
     index = torch.arange(plan.tokens, device=plan.expiry.device)
     if plan.predecessor is not None:
         follows = plan.predecessor == index - 1
-    else:  # only the mask is known: a token that does not see the one before it may not follow it
+    else:  # only the mask is known: a token that does not see its neighbour may not follow it
         follows = plan.expiry.roll(1, dims=1) > index
         if plan.floor is not None:
             follows &= plan.floor < index
@@ -258,7 +294,7 @@ def _check_labels(
         "labels: the loss takes each token to be predicted by the token before it, which does not "
         "hold for this plan"
     )
-    if wrong.is_cuda or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         torch._assert_async(~wrong.any(), message)
     elif bool(wrong.any()):
         row, token = (int(i) for i in wrong.nonzero()[0])
@@ -271,12 +307,11 @@ def _check_labels(
 def _open_pass(
     table: PositionTable | None, module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
-    """Before the layers: a TrajectoryCache takes the mask and gives the positions; a pass under a
-    plan fills no cache, which would not know what the plan dropped."""
+    """Before the layers: a TrajectoryCache takes the mask and returns the positions. A pass under a
+    plan fills no cache: the cache would not know what the plan dropped."""
     cache = kwargs.get("past_key_values")
     planned = kwargs.get("plan") is not None
-    inputs: Any = args[0] if args else kwargs.get("input_ids")
-    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    inputs = _inputs(args, kwargs)
     if inputs is None:
         return None  # the model raises
     if isinstance(cache, TrajectoryCache):
@@ -296,7 +331,7 @@ def _open_pass(
     if not planned or cache is not None:
         return None
     if kwargs.get("use_cache"):
-        raise ValueError("use_cache: expected False or None, as a pass under a plan fills none")
+        raise ValueError("use_cache: expected False or None: a pass under a plan fills no cache")
     if other := other_layers(module.config):
         raise ValueError(
             "plan: expected a model of full and sliding-window attention only, but "
@@ -315,7 +350,7 @@ def _close_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
 
 
 class _Arrival:
-    """Travels with the plan of a forward pass, for the attention to say that it has come."""
+    """Goes through the layers with a plan; `seen` once the plan has reached an attention."""
 
     seen = False
 
@@ -342,7 +377,7 @@ class _Mask:
         self.padding = padding  # bool [batch, tokens], False on padding
         self.window = window
         self.sees_previous = sees_previous  # bool [1 or batch, tokens]: no document starts here
-        self.cached = cached  # bool [batch, 1, queries, keys], where a cache holds older tokens
+        self.cached = cached  # bool [batch, 1, queries, keys], if a cache holds older tokens
         self.config = config  # of the model, for messages
         self.derived: BlockPlan | None = None
 
@@ -417,7 +452,7 @@ def _make_mask(
 ) -> _Mask:
     """transformers' call for a mask, once per forward pass and kind of layer."""
     if use_vmap:
-        raise ValueError("attention_mask: this model lays a mask of its own over the causal one")
+        raise ValueError("attention_mask: this model adds a mask of its own to the causal one")
     if isinstance(q_offset, Tensor):
         raise ValueError("past_key_values: static caches are not supported; use a DynamicCache")
     total = q_offset + q_length
@@ -443,7 +478,8 @@ def _make_mask(
         return _Mask(attention_mask, local_size, cached=cached, config=kwargs.get("config"))
     sees_previous = None
     if mask_function is not causal_mask_function:
-        # It also cuts at every document of a packed row, and perhaps more; ask it about neighbours.
+        # It also cuts between the documents of a packed row, and perhaps elsewhere: evaluate it for
+        # neighbours.
         row = torch.arange(batch_size, device=device)[:, None]
         index = torch.arange(q_length, device=device)[None]
         previous = (index - 1).clamp(min=0)
@@ -551,7 +587,7 @@ def _attend_to_cache(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """Newest tokens over a transformers cache, under a dense mask, as `generate()` does it."""
+    """The newest tokens over a transformers cache, under a dense mask, as in `generate()`."""
     if softcap is None:
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True

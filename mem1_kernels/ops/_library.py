@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mem1_kernels import block_plan, mask
-from mem1_kernels.ops import reference
+from mem1_kernels.ops import _extension, reference
 
 library = torch.library.Library("mem1", "DEF")
 
@@ -35,7 +35,8 @@ library.define(
 )
 library.define(
     "cached_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, "
-    "Tensor? counts, Tensor? positions, int window, float scale, float softcap) -> (Tensor, Tensor)"
+    "Tensor? counts, Tensor? position_ids, int window, float scale, float softcap) "
+    "-> (Tensor, Tensor)"
 )
 library.define(
     "prune_kv_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!) lengths, Tensor keep, "
@@ -48,16 +49,8 @@ library.define(
     "Tensor(g!) freed_counts) -> ()"
 )
 
-# Importing the extension registers its kernels for the schemas above; torch must be in first.
-HAS_EXTENSION = importlib.util.find_spec("mem1_kernels._C") is not None
-if HAS_EXTENSION:
-    try:
-        from mem1_kernels import _C  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"mem1_kernels._C does not load under torch {torch.__version__}; build it again "
-            "(make setup, or pip install --no-build-isolation .)"
-        ) from error
+OBSTACLE = _extension.load()  # why mem1_kernels._C is not loaded, or None
+HAS_EXTENSION = OBSTACLE is None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 implementations: dict[tuple[str, str], str] = {}
@@ -87,11 +80,11 @@ def _reference_bwd(
 
 
 def _reference_cached_attention(
-    query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
+    query, key_cache, value_cache, lengths, counts, position_ids, window, scale, softcap
 ):
     with torch.autocast(query.device.type, enabled=False):
         return reference.cached_attention(
-            query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
+            query, key_cache, value_cache, lengths, counts, position_ids, window, scale, softcap
         )
 
 
@@ -102,7 +95,7 @@ def _triton(module: str, name: str) -> Callable:
     """
 
     def launch(*arguments):
-        launcher = getattr(importlib.import_module(f"mem1_kernels.ops.triton.{module}"), name)
+        launcher = getattr(importlib.import_module(f".triton.{module}", __package__), name)
         with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
             return launcher(*arguments)
 
@@ -113,7 +106,7 @@ for _device in ("CPU", "CUDA"):
     _serve("block_plan", _device, block_plan.build_lists, "plain torch")
     _serve("window_floor", _device, mask.window_floor, "plain torch")
 
-_NO_COMPILED = "not in the extension" if HAS_EXTENSION else "no extension built"
+_NO_COMPILED = OBSTACLE or "not in the extension"
 for _op, _in_torch, _in_triton in (
     ("trajectory_attention_fwd", _reference_fwd, _triton("attention", "forward")),
     ("trajectory_attention_bwd", _reference_bwd, _triton("attention", "backward")),
@@ -167,7 +160,7 @@ def _(keys, values, key_cache, value_cache, lengths, counts) -> None:
 
 @torch.library.register_fake("mem1::cached_attention")
 def _(
-    query, key_cache, value_cache, lengths, counts, positions, window, scale, softcap
+    query, key_cache, value_cache, lengths, counts, position_ids, window, scale, softcap
 ) -> tuple[Tensor, Tensor]:
     batch, new_tokens, heads, head_dim = query.shape
     out = query.new_empty(batch, new_tokens, heads, head_dim)

@@ -105,7 +105,7 @@ def cached_attention(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
-    positions: Tensor | None = None,
+    position_ids: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each row's newest tokens over the ragged cache that already holds them.
@@ -128,8 +128,8 @@ def cached_attention(
         scale: of the scores, 1e-18 to 1e18; default: `head_dim ** -0.5`.
         softcap: scores become `softcap * tanh(scores / softcap)`, if given; 1e-18 to 1e18.
         window: a key is seen only while `query position - key position < window` (tokens, >= 1).
-            Needs `positions`, since pruning leaves the slots in no order.
-        positions: int32 or int64 `[batch, capacity]`, each slot's position; read under a window.
+            Needs `position_ids`, since pruning leaves the slots in no order.
+        position_ids: int32 or int64 `[batch, capacity]`, each slot's position; read under a window.
         return_lse: return the log-sum-exp of the scores too (natural log).
 
     Returns:
@@ -171,20 +171,20 @@ def cached_attention(
     scale = check_scale(head_dim, scale, softcap)
     if window is not None:
         window = check_window(window)
-        if positions is None:
-            raise ValueError("positions: a window needs each slot's position, got None")
-        if not isinstance(positions, Tensor):
-            raise TypeError(f"positions: expected a tensor, got {type(positions).__name__}")
-        if positions.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"positions: expected int32 or int64, got {positions.dtype}")
-        if list(positions.shape) != [batch, capacity]:
+        if position_ids is None:
+            raise ValueError("position_ids: a window needs each slot's position, got None")
+        if not isinstance(position_ids, Tensor):
+            raise TypeError(f"position_ids: expected a tensor, got {type(position_ids).__name__}")
+        if position_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"position_ids: expected int32 or int64, got {position_ids.dtype}")
+        if list(position_ids.shape) != [batch, capacity]:
             raise ValueError(
-                f"positions: expected {[batch, capacity]} (batch, capacity), "
-                f"got {list(positions.shape)}"
+                f"position_ids: expected {[batch, capacity]} (batch, capacity), "
+                f"got {list(position_ids.shape)}"
             )
-        if positions.device != query.device:
+        if position_ids.device != query.device:
             raise ValueError(
-                f"positions: expected on {query.device} like query, got {positions.device}"
+                f"position_ids: expected on {query.device} like query, got {position_ids.device}"
             )
     _check_no_grad("cached_attention", query=query, key_cache=key_cache, value_cache=value_cache)
     out, lse = torch.ops.mem1.cached_attention(
@@ -193,7 +193,7 @@ def cached_attention(
         value_cache,
         lengths,
         counts,
-        None if window is None else positions,
+        None if window is None else position_ids,
         window or 0,
         scale,
         float(softcap or 0.0),

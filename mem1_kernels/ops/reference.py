@@ -157,7 +157,7 @@ def cached_attention(
     value_cache: Tensor,
     lengths: Tensor,
     counts: Tensor | None,
-    positions: Tensor | None,
+    position_ids: Tensor | None,
     window: int,
     scale: float,
     softcap: float,
@@ -165,7 +165,7 @@ def cached_attention(
     """Attention of the newest tokens over ragged caches: output and LSE as `attention_forward`.
 
     Query `i < counts[b]` stands in slot `lengths[b] - counts[b] + i` and sees the slots up to its
-    own; with positions only those with `position of its slot - positions[slot] < window`.
+    own; with position_ids only those with `position of its slot - position_ids[slot] < window`.
     """
     batch, new_tokens = query.shape[:2]
     capacity = key_cache.shape[2]
@@ -181,11 +181,11 @@ def cached_attention(
     blind = token >= counts[:, None]
     own = ((lengths - counts)[:, None] + token).clamp(max=max(capacity - 1, 0))
     mask = (slot <= own[:, :, None]) & ~blind[:, :, None]
-    if positions is not None:
-        positions = positions.long()
+    if position_ids is not None:
+        position_ids = position_ids.long()
         least = torch.iinfo(torch.int64).min  # a difference below it is below all positions
-        nearest = positions.gather(1, own.long()).clamp(min=least + window - 1) - (window - 1)
-        mask &= positions[:, None] >= nearest[:, :, None]
+        nearest = position_ids.gather(1, own.long()).clamp(min=least + window - 1) - (window - 1)
+        mask &= position_ids[:, None] >= nearest[:, :, None]
     dead = slot >= lengths[:, None]
     q = _clean(query.to(compute), blind)
     k, v = (_clean(x.transpose(1, 2).to(compute), dead) for x in (key_cache, value_cache))

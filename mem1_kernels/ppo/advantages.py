@@ -126,7 +126,7 @@ def on_last_token(scores: Tensor, mask: Tensor, trajectory_ids: Tensor | None = 
     """Each trajectory's score on its last generated token, 0 elsewhere: a terminal reward.
 
     Args:
-        scores: `[trajectories]`, floating point; trajectory id `j` gets `scores[j]`.
+        scores: `[trajectories]`, floating point and finite; trajectory id `j` gets `scores[j]`.
         mask: `[tokens]` or `[rows, tokens]` bool, True for generated tokens.
         trajectory_ids: like `mask`, int32 or int64, in [0, trajectories) at generated tokens.
 
@@ -134,8 +134,8 @@ def on_last_token(scores: Tensor, mask: Tensor, trajectory_ids: Tensor | None = 
         like `mask`, fp32 (fp64 for fp64), without gradient.
 
     Raises:
-        ValueError: shapes differ, an id is out of range or in two rows, or a trajectory has no
-            generated token to carry its score.
+        ValueError: shapes differ, a score is not finite, an id is out of range or in two rows, or a
+            trajectory has no generated token to carry its score.
         TypeError: a dtype is of the wrong kind.
 
     Source: the outcome reward of MEM1, arXiv 2506.15841.

@@ -7,7 +7,8 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -18,7 +19,15 @@ else:
     import tomli as tomllib
 
 from mem1_kernels.ppo.losses import KLKind
-from mem1_kernels.retention import Retention, fold, keep_all, keep_last, mem1
+from mem1_kernels.retention import (
+    Retention,
+    Segment,
+    fold,
+    keep_all,
+    keep_last,
+    mem1,
+    retained,
+)
 from mem1_kernels.trajectory import Positions
 
 # Largest and mean |log-prob of the rollout - log-prob of the trainer| that pass as rounding.
@@ -245,6 +254,8 @@ def _read(option: Option, value: Any) -> Any:
     elif not fits:
         expected = option.bound.text if kind is tuple else kind.__name__
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    elif kind is str and "\0" in value:
+        raise ValueError(f"{name}: expected text without NUL, got {value!r}")
     elif not option.bound.holds(value) or (kind is float and math.isnan(value)):
         raise ValueError(f"{name}: expected {option.bound.text}, got {value}")
     return value
@@ -253,17 +264,43 @@ def _read(option: Option, value: Any) -> Any:
 def load_object(option: str, name: str) -> Any:
     """What `module:name` stands for; `option` is named in errors.
 
+    Raises:
+        ValueError: another form, a module that cannot be imported, a name that is not in it.
+
     >>> load_object("retention", "mem1_kernels.retention:keep_all").__name__
     'keep_all'
     """
     module, _, path = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
+        raise ValueError(f"{option}: expected module:name, got {name!r}")
     try:
         found: Any = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option}: {name!r} cannot be imported ({error})") from error
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(
+            f"{option}: {name!r} cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{option}: {name!r} cannot be imported: no {part!r} in {found!r}")
+        found = getattr(found, part)
     return found
+
+
+@contextmanager
+def loading(option: str, name: str) -> Iterator[None]:
+    """While a model or a tokenizer is loaded by its name: what fails raises in one line.
+
+    Raises:
+        ValueError: it cannot be loaded; names the option.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, LookupError, ImportError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ValueError(f"{option}: {name!r} cannot be loaded ({reason})") from error
 
 
 def retention_of(name: str) -> Retention:
@@ -276,7 +313,7 @@ def retention_of(name: str) -> Retention:
     if name in named:
         return named[name]
     if ":" in name:
-        return load_object("retention", name)
+        return _checked(load_object("retention", name), name)
     number = re.fullmatch(r"keep_last\(([1-9]\d*)\)", name)
     if number is None:
         raise ValueError(
@@ -286,28 +323,57 @@ def retention_of(name: str) -> Retention:
     return keep_last(int(number.group(1)))
 
 
+def _checked(retention: Any, name: str) -> Retention:
+    """A policy that was imported, once it has answered for two turns."""
+    turns = [Segment(role, [0, 1], turn) for turn in (1, 2) for role in ("state", "action", "info")]
+    try:
+        retained([Segment("prompt", [0]), *turns], retention)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"retention: {name!r} is no retention policy ({error})") from error
+    return retention
+
+
 def read_config(path: str | Path, **overrides: Any) -> Config:
     """A config from a TOML file of options, and options that replace some of them.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a file that is not TOML, an option that does not exist; and as `Config`.
+        ValueError: a file that is not TOML, an option that does not exist; and as `Config`. The
+            message names the file and the line, but for the options in `overrides`.
 
     >>> read_config("configs/chain.toml", steps=3).steps
     3
     """
+    data = Path(path).read_bytes()
     try:
-        values = tomllib.loads(Path(path).read_text("utf-8-sig")) | overrides
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = data.decode("utf-8-sig")
+        values = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        got = data[error.start : error.start + 1]
+        raise ValueError(f"{path}, line {line}: expected UTF-8, got {got!r}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     known = {option.name for option in options()}
-    for name in values:
+    for name in values.keys() | overrides.keys():
         if name not in known:
-            raise ValueError(f"{path}: no option is called {name!r}")
+            place = f"{_place(path, text, name)}: " if name in values else ""
+            raise ValueError(f"{place}no option is called {name!r}")
     try:
-        return Config(**values)
+        return Config(**values | overrides)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        name = str(error).partition(":")[0].partition(",")[0]
+        if name in overrides or name not in values:
+            raise
+        raise ValueError(f"{_place(path, text, name)}: {error}") from None
+
+
+def _place(path: str | Path, text: str, name: str) -> str:
+    """The file, and the line in which it sets an option."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(rf"""\s*\[*["']?{re.escape(name)}["']?\s*[=.\]]""", line):
+            return f"{path}, line {number}"
+    return str(path)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
@@ -337,5 +403,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     path = values.pop("config", None)
     try:
         return Config(**values) if path is None else read_config(path, **values)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: error: --config: {path}: {error.strerror}\n")
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")

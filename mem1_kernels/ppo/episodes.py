@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import math
 import random
 import time
 import zlib
@@ -15,12 +17,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mem1_kernels._text import printable
 from mem1_kernels.agent.agent import MemoryEfficientAgent
 from mem1_kernels.agent.episodes import Result
-from mem1_kernels.agent.text import printable
 from mem1_kernels.agent.world import TOKEN_TASKS, World, make_world
-from mem1_kernels.ppo.config import Config, load_object, retention_of
-from mem1_kernels.retention import Retention, Segment
+from mem1_kernels.ppo.config import Config, load_object, loading, retention_of
+from mem1_kernels.ppo.files import replaced
+from mem1_kernels.retention import GENERATED, Retention, Segment, fold
 from mem1_kernels.rollout import Engine, Generation, HFEngine, Rollout
 from mem1_kernels.trajectory import Trajectory
 
@@ -52,14 +55,7 @@ def world_of(config: Config) -> World:
         ValueError: an environment that cannot be imported or is not a World; and as `make_world`.
     """
     if config.environment:
-        world = load_object("environment", config.environment)
-        if not isinstance(world, World):
-            world = world() if callable(world) else world
-        if not isinstance(world, World):
-            raise ValueError(
-                f"environment: expected a World, or a function that makes one, as "
-                f"{config.environment!r}, got {type(world).__name__}"
-            )
+        world = _imported_world(config.environment)
         speaks_ids = isinstance(world.make().tags.stops[0], int)
     else:
         world = make_world(
@@ -76,9 +72,52 @@ def world_of(config: Config) -> World:
         speaks_ids = config.task in TOKEN_TASKS
     if speaks_ids or world.tokenizer is not None:
         return world
+    if config.model == "tiny":
+        raise ValueError(
+            f"model: expected one with a tokenizer for the text of {config.environment!r}, "
+            "got 'tiny', which knows token ids only"
+        )
     from transformers import AutoTokenizer
 
-    return replace(world, tokenizer=AutoTokenizer.from_pretrained(config.model))
+    with loading("model", config.model):
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        if not tokenizer.encode("text", add_special_tokens=False):
+            raise ValueError("its tokenizer has no vocabulary")
+    return replace(world, tokenizer=tokenizer)
+
+
+def _imported_world(name: str) -> World:
+    """The World that the option `environment` names.
+
+    Raises:
+        ValueError: it cannot be imported, or is neither a World nor a function that makes one.
+    """
+    found = load_object("environment", name)
+    expected = f"environment: expected a World, or a function that makes one, as {name!r}"
+    if callable(found) and not isinstance(found, World):
+        try:
+            inspect.signature(found).bind()
+        except TypeError as error:
+            raise ValueError(f"{expected}, got one that needs arguments ({error})") from None
+        found = found()
+    if not isinstance(found, World):
+        raise ValueError(f"{expected}, got {type(found).__name__}")
+    environment = found.make()
+    if not getattr(getattr(environment, "tags", None), "stops", None):
+        raise ValueError(
+            "environment: expected World.make to make environments whose tags have stops, got "
+            f"{type(environment).__name__}"
+        )
+    return found
+
+
+def check_depth(world: World, retention: Retention) -> None:
+    """Raises ValueError if `fold` could not fold: every segment would be of depth 0, and stay."""
+    if retention is fold and world.depth is None:
+        raise ValueError(
+            "retention: fold drops a branch when it returns, but this world opens none: expected "
+            "World.depth, got None"
+        )
 
 
 def draw_tasks(config: Config, world: World, step: int) -> list[Any]:
@@ -112,7 +151,10 @@ def collect(
 
     Raises:
         RuntimeError: half of the episodes failed.
+        ValueError: retention is `fold`, and the world says nothing of depth.
     """
+    check_depth(world, generation.retention)
+    generation = replace(generation, depth=world.depth)
     numbers = [number for number in range(len(tasks)) for _ in range(group_size)]
     batches = [
         numbers[at : at + config.rollout_batch]
@@ -274,24 +316,54 @@ def evaluate(
 
 
 def read_transcripts(path: str) -> list[tuple[list[Segment], float]]:
-    """Traces from a JSONL file, one `{"segments": [[role, turn, ids], ...], "reward": r}` per
-    line."""
+    """Traces from a JSONL file, one `{"segments": [[role, turn, ids, depth], ...], "reward": r}`
+    per line; without a depth it is 0. Blank lines are left out.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: a line that is no transcript, or a file without any.
+    """
     traces = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise type(error)(f"transcripts: {path}: {error.strerror}") from None
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
-            record = json.loads(line)
-            segments = [Segment(role, ids, turn) for role, turn, ids in record["segments"]]
-            traces.append((segments, float(record["reward"])))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: no transcript ({error})") from error
+            traces.append(_read_trace(json.loads(line.decode("utf-8-sig"))))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            said: object = f"no {error}" if isinstance(error, KeyError) else error
+            if isinstance(error, json.JSONDecodeError):  # which counts lines of its own
+                said = f"{error.msg} at column {error.colno}"
+            raise ValueError(
+                f"transcripts: {path}, line {number}: no transcript ({said})"
+            ) from error
+    if not traces:
+        raise ValueError(f"transcripts: expected at least one in {path}, got none")
     return traces
 
 
+def _read_trace(record: Any) -> tuple[list[Segment], float]:
+    segments = [Segment(role, ids, turn, *depth) for role, turn, ids, *depth in record["segments"]]
+    reward = float(record["reward"])
+    if not math.isfinite(reward):
+        raise ValueError(f"reward: expected a finite number, got {reward}")
+    if not any(segment.role in GENERATED and segment.num_tokens for segment in segments):
+        raise ValueError("segments: expected tokens of a state or an action, got none")
+    return segments, reward
+
+
 def write_transcripts(results: Sequence[Result], path: Path) -> None:
-    """Writes what `read_transcripts` reads."""
+    """Writes what `read_transcripts` reads, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    with replaced(path) as part, open(part, "w", encoding="utf-8") as file:
         for result in results:
             segments = rollout_of(result).trajectory.segments
-            record = {"segments": [[s.role, s.turn, s.ids] for s in segments]}
+            record = {"segments": [[s.role, s.turn, s.ids, s.depth] for s in segments]}
             file.write(json.dumps(record | {"reward": result.reward}) + "\n")

@@ -40,7 +40,7 @@ def grpo_advantages(
         A_i = (s_i - mean_g) / (std_g + eps), std_g with |g| - 1 in the denominator
 
     Args:
-        scores: `[trajectories]`, floating point.
+        scores: `[trajectories]`, floating point and finite.
         group_ids: `[trajectories]`, int32 or int64: equal for the same task.
         scale: False: do not divide by the standard deviation (Dr. GRPO).
         eps: keeps a group of equal scores at 0.
@@ -50,7 +50,8 @@ def grpo_advantages(
         them to the tokens.
 
     Raises:
-        ValueError: shapes differ, or a group has only one member.
+        ValueError: shapes differ, a score is not finite (it would make its whole group NaN), or a
+            group has only one member.
         TypeError: a dtype is of the wrong kind.
 
     Source: Shao et al., arXiv 2402.03300, section 4.1.2; `scale=False`: arXiv 2503.20783.
@@ -80,4 +81,4 @@ def rloo_advantages(scores: Tensor, group_ids: Tensor) -> Tensor:
     tensor([ 0.0000, -1.5000,  1.5000])
     """
     centred, group, sizes = _groups(scores, group_ids)
-    return (centred * (sizes / (sizes - 1))[group]).to(wide(scores.dtype))
+    return (centred * (sizes.double() / (sizes - 1))[group]).to(wide(scores.dtype))

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from mem1_kernels.agent.tasks import VOCABULARY
-from mem1_kernels.block_plan import BlockPlan
-from mem1_kernels.hf import is_patched, patch, unpatch
-from mem1_kernels.ppo.config import Config
-from mem1_kernels.ppo.logprobs import token_log_probs
-from mem1_kernels.trajectory import Layout
+from mem1_kernels.hf import patch
+from mem1_kernels.ppo.actor_critic import ActorCritic, Attend, attend
+from mem1_kernels.ppo.config import Config, loading
 
 UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -31,6 +29,7 @@ def make_policy(config: Config) -> Any:
 
     Raises:
         ImportError: adapters are asked for, but peft is not installed.
+        ValueError: the model cannot be loaded.
     """
     import transformers
 
@@ -47,11 +46,13 @@ def make_policy(config: Config) -> Any:
             initializer_range=0.05,
             tie_word_embeddings=False,
         )
-        policy: Any = transformers.Qwen2ForCausalLM(shape).to(getattr(torch, config.dtype))
+        policy: Any = transformers.Qwen2ForCausalLM(shape)
+        cast_weights(policy, getattr(torch, config.dtype))
     else:
-        policy = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype)
-        )
+        with loading("model", config.model):
+            policy = transformers.AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=getattr(torch, config.dtype)
+            )
     if config.lora_rank:
         try:
             import peft
@@ -68,85 +69,96 @@ def make_policy(config: Config) -> Any:
     return patch(policy)
 
 
-Attend = Callable[[Any, Layout, BlockPlan], Tensor]
-"""(model, layout, plan) -> last hidden states `[tokens, width]`, each token seeing what the
-layout says. There is one right implementation, `attend`; `bench/mask_ablation.py` has wrong ones.
-"""
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters, but not the buffers: RoPE's frequencies stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
-def attend(model: Any, layout: Layout, plan: BlockPlan) -> Tensor:
-    """One masked forward pass over a packed row."""
-    assert layout.token_ids is not None
-    return model.get_decoder()(
-        input_ids=layout.token_ids[None],
-        position_ids=layout.position_ids[None],
-        plan=plan,
-        use_cache=False,
-    ).last_hidden_state[0]
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Raises ValueError for a set-up of accelerate that would not train exactly.
+
+    Under FSDP2 it also sets the precision. With mixed_precision "bf16" accelerate rounds all that
+    the module returns, log-probs and values too, to bfloat16, and adds up the processes' gradients
+    in bfloat16. Here weights are gathered in bfloat16, as in a model of that dtype, the outputs
+    stay as they are, and the gradients are added up in float32.
+    """
+    if accelerator.distributed_type in UNSUPPORTED and not accelerator.is_fsdp2:
+        raise ValueError(
+            "accelerator: expected one process, DDP or FSDP2 (--fsdp_version 2), "
+            f"got {accelerator.distributed_type}"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed_precision: expected 'no' or 'bf16', got {accelerator.mixed_precision!r}"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "gradient_accumulation_steps: expected 1, since `minibatch` and `token_budget` say "
+            f"what is accumulated, got {accelerator.gradient_accumulation_steps}"
+        )
+    hook = getattr(accelerator.ddp_handler, "comm_hook", DDPCommunicationHookType.NO)
+    if hook != DDPCommunicationHookType.NO:
+        raise ValueError(f"comm_hook: expected none, as it rounds gradients, got {hook}")
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp", "cp", "sp"):
+        if getattr(parallelism, f"{name}_enabled", False):
+            raise ValueError(f"parallelism_config: expected data parallelism only, got {name}")
+    if not accelerator.is_fsdp2:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    for name, why in (
+        ("cpu_ram_efficient_loading", "every process loads the weights"),
+        ("activation_checkpointing", "the option gradient_checkpointing does it"),
+        ("ignored_modules", "their gradients would not be added up over processes"),
+    ):
+        if got := getattr(plugin, name, None):
+            raise ValueError(f"fsdp_{name}: expected false or none ({why}), got {got!r}")
+    if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
+        raise ValueError(
+            "fsdp_auto_wrap_policy: expected TRANSFORMER_BASED_WRAP or NO_WRAP, got SIZE_BASED_WRAP"
+        )
+    low = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    given = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    if low and given == MixedPrecisionPolicy(low, low, low):  # what accelerate makes of "bf16"
+        given = MixedPrecisionPolicy(low)
+    for name, allowed in (
+        ("param_dtype", (low, low or torch.float32)),
+        ("reduce_dtype", (None, torch.float32)),
+        ("output_dtype", (None, torch.float32)),
+    ):
+        if getattr(given, name) not in allowed:
+            raise ValueError(
+                f"mixed_precision_policy: expected {name} {allowed[1]} under mixed_precision "
+                f"{accelerator.mixed_precision!r}, got {getattr(given, name)}"
+            )
+    # Inputs are not cast either: some models hand their layers rotations in float32.
+    plugin.mixed_precision_policy = replace(
+        given, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
-class ActorCritic(nn.Module):
-    """Policy and critic as one module, so that one wrapper (DDP, FSDP2) serves both.
+def check_units(module: ActorCritic, heads: Sequence[nn.Module]) -> None:
+    """Raises ValueError if FSDP2 shards weights that `forward` reads outside their unit's pass.
+
+    The log-probs are computed from the LM head's weights, which the root gathers for the whole
+    pass; those of a unit are there only while that unit runs.
 
     Args:
-        policy: a patched causal LM.
-        critic: "head" reads the policy's hidden states, "detached" does so without training them,
-            "model" is a second decoder with a head, "none" gives no values.
-        temperature: of the distribution that the log-probs are of.
+        heads: the modules that hold the head's weights: the head, and an embedding tied to it.
     """
-
-    def __init__(
-        self, policy: Any, critic: str, temperature: float = 1.0, attend: Attend = attend
-    ) -> None:
-        super().__init__()
-        self.policy = policy
-        self.temperature = temperature
-        self.attend = attend
-        self.detach = critic == "detached"
-        self.critic_model = None
-        if critic == "model":
-            self.critic_model = patch(deepcopy(unpatch(policy).get_decoder()))
-            patch(policy)
-        width = policy.config.get_text_config().hidden_size
-        self.value_head = None if critic == "none" else nn.Linear(width, 1)
-        if self.value_head is not None:
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
-        self._no_split_modules = policy._no_split_modules  # what FSDP2 wraps, layer by layer
-        head = policy.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            raise ValueError(f"policy: expected a plain linear LM head, got {type(head).__name__}")
-
-    def forward(self, layout: Layout, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probs and entropies of a row's generated tokens, and the values before them.
-
-        Each is fp32 `[generated]`, in packed order; values are None without a critic.
-        """
-        assert is_patched(self.policy), "an unpatched model would drop the plan without a word"
-        assert layout.token_ids is not None
-        before = layout.predecessor[layout.loss_mask]
-        hidden = self.attend(self.policy, layout, plan)[before]
-        head = self.policy.get_output_embeddings()
-        text_config = self.policy.config.get_text_config()
-        log_probs, entropy = token_log_probs(
-            hidden,
-            head.weight,
-            layout.token_ids[layout.loss_mask],
-            bias=head.bias,
-            temperature=self.temperature,
-            softcap=getattr(text_config, "final_logit_softcapping", None),
-            return_entropy=True,
-        )
-        if self.value_head is None:
-            return log_probs, entropy, None
-        if self.critic_model is not None:
-            hidden = self.attend(self.critic_model, layout, plan)[before]
-        elif self.detach:
-            hidden = hidden.detach()
-        weight, bias = self.value_head.weight.float(), self.value_head.bias.float()
-        with torch.autocast(hidden.device.type, enabled=False):
-            values = nn.functional.linear(hidden.float(), weight, bias)[:, 0]
-        return log_probs, entropy, values
+    called = set(module.policy.get_decoder().modules())
+    if module.critic_model is not None:
+        called |= set(module.critic_model.modules())
+    for name, part in module.named_modules():
+        if part is module or not isinstance(part, FSDPModule):
+            continue
+        inside: Any = part
+        if inside not in called or any(one in heads for one in inside.modules()):
+            raise ValueError(
+                "fsdp_transformer_layer_cls_to_wrap: expected the model's layers, "
+                f"got {type(part).__mro__[2].__name__} ({name}), whose weights are used outside it"
+            )
 
 
 def reshard(model: nn.Module) -> None:
@@ -174,19 +186,11 @@ class Learner:
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, attend: Attend = attend) -> None:
-        if accelerator.distributed_type in UNSUPPORTED and not accelerator.is_fsdp2:
+        check_accelerator(accelerator)
+        if config.bf16 and accelerator.mixed_precision != "bf16":
             raise ValueError(
-                "accelerator: expected one process, DDP or FSDP2 (--fsdp_version 2), "
-                f"got {accelerator.distributed_type}"
-            )
-        if accelerator.mixed_precision not in ("no", "bf16"):
-            raise ValueError(
-                f"mixed_precision: expected 'no' or 'bf16', got {accelerator.mixed_precision!r}"
-            )
-        if accelerator.gradient_accumulation_steps != 1:
-            raise ValueError(
-                "gradient_accumulation_steps: expected 1, since `minibatch` and `token_budget` say "
-                f"what is accumulated, got {accelerator.gradient_accumulation_steps}"
+                "bf16: expected an accelerator whose mixed_precision is 'bf16', "
+                f"got {accelerator.mixed_precision!r}"
             )
         if config.dtype == "bfloat16" and not config.lora_rank:
             warnings.warn(
@@ -196,12 +200,17 @@ class Learner:
             )
         critic = config.critic if config.algorithm == "ppo" else "none"
         module = ActorCritic(make_policy(config), critic, config.temperature, attend)
-        for part in module.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0  # the rollout has none, and its log-probs are those of the update
         policy = [p for p in module.policy.parameters() if p.requires_grad]
         inside = {id(p) for p in policy}
         rest = [p for p in module.parameters() if p.requires_grad and id(p) not in inside]
+        trained = {p.dtype for p in (*policy, *rest)}
+        if accelerator.is_fsdp2 and accelerator.mixed_precision == "no" and len(trained) > 1:
+            raise ValueError(
+                "dtype: expected 'float32' for all weights and a critic under FSDP2, which trains "
+                f"weights of one dtype, got {config.dtype!r}; bf16=true computes in bfloat16"
+            )
+        head = module.policy.get_output_embeddings().weight
+        heads = [m for m in module.modules() if any(p is head for p in m.parameters(False))]
         groups = [{"params": policy, "lr": config.lr}]
         groups += [{"params": rest, "lr": config.critic_lr}] if rest else []
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -210,6 +219,7 @@ class Learner:
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
         self.module: ActorCritic = accelerator.unwrap_model(self.model)
         self.sharded = any(isinstance(m, FSDPModule) for m in self.module.modules())
+        check_units(self.module, heads)
         reshard(self.module)
         self.trained = {n: p for n, p in self.module.policy.named_parameters() if p.requires_grad}
         self.reference: dict[str, Tensor] = {}
@@ -217,9 +227,12 @@ class Learner:
             self.reference = {name: p.detach().clone() for name, p in self.trained.items()}
         self._player = self.module.policy
         if self.sharded:
-            computes = "bfloat16" if accelerator.mixed_precision == "bf16" else config.dtype
+            low = accelerator.mixed_precision == "bf16"
+            computes = "bfloat16" if low else config.dtype
             copy = replace(config, dtype=computes, gradient_checkpointing=False)
             self._player = make_policy(copy).to(accelerator.device)
+            if low:
+                cast_weights(self._player, torch.bfloat16)  # adapters too, as FSDP2 gathers them
 
     def learning_rates(self, *rates: float) -> None:
         """Sets the policy's and the critic's learning rates."""

@@ -194,7 +194,8 @@ def token_log_probs(
     the entropy; the backward pass is closed-form and recomputes each chunk's logits. Products of
     bf16 or fp16 inputs are accumulated and kept in fp32. On CUDA with bf16, the logits' gradient is
     rounded to bf16 before the two backward matmuls, as a bf16 linear layer rounds it; elsewhere it
-    is not. Under autocast the operands are rounded to the autocast dtype first.
+    is not. Under autocast the operands are rounded to the autocast dtype first. A model that scales
+    its logits by s, cap(s (W h + b)), has temperature T / s and cap c / s here.
 
     Args:
         hidden: `[..., D]`, floating point: the last hidden states, after the final norm.
@@ -255,7 +256,7 @@ def _scatter(x: Tensor, where: Tensor | None, shape: torch.Size) -> Tensor:
     """The rows' results back at their places, zero elsewhere."""
     if where is not None:
         x = x.new_zeros(shape.numel()).index_copy(0, where, x)
-    return x.reshape(shape)
+    return x if x.shape == shape else x.reshape(shape)
 
 
 def _check(

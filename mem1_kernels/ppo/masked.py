@@ -51,11 +51,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_scores(scores: Tensor) -> None:
-    """Raise unless `scores` is a non-empty float vector, one entry a trajectory."""
+    """Raise unless `scores` is a non-empty float vector of finite numbers, one per trajectory."""
     if not scores.is_floating_point():
         raise TypeError(f"scores: expected a floating point tensor, got {scores.dtype}")
     if scores.dim() != 1 or len(scores) == 0:
         raise ValueError(f"scores: expected [trajectories], got {tuple(scores.shape)}")
+    finite = scores.isfinite()
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"scores: expected finite numbers, got {float(scores[first])} for trajectory {first}"
+        )
 
 
 def masked_mean(x: Tensor, mask: Tensor, *, denominator: float | None = None) -> Tensor:

@@ -13,8 +13,9 @@ weights, the optimizer and n.
 
 What it stands on: `learner` (policy, critic, optimizer, sharding), `episodes` (tasks, play,
 evaluation), `batch` (packed rows), `update` (passes over them), `warm_start`, `checkpoint`,
-`report`. Left out: asynchronous rollouts, sending weights to a server, reward models, tensor and
-context parallelism, FSDP1 and DeepSpeed.
+`report`, `files` (written whole, in a folder that one run has), `stop` (signals). Left out:
+asynchronous rollouts, sending weights to a server, reward models, tensor and context parallelism,
+FSDP1 and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
-from tqdm import tqdm
 
 from mem1_kernels.agent.episodes import Result
 from mem1_kernels.agent.world import World
@@ -53,10 +54,16 @@ from mem1_kernels.ppo import (
     whiten,
 )
 from mem1_kernels.ppo.batch import Batch, PackedRow
-from mem1_kernels.ppo.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from mem1_kernels.ppo.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    save_policy,
+)
 from mem1_kernels.ppo.config import TOLERANCE, Config
 from mem1_kernels.ppo.episodes import (
     MakeEngine,
+    check_depth,
     collect,
     draw_tasks,
     dropped_tokens,
@@ -69,8 +76,10 @@ from mem1_kernels.ppo.episodes import (
     world_of,
     write_transcripts,
 )
+from mem1_kernels.ppo.files import claimed, from_main
 from mem1_kernels.ppo.learner import Attend, Learner, attend
-from mem1_kernels.ppo.report import Log, Stopwatch
+from mem1_kernels.ppo.report import Log, Progress, Stopwatch, make_accelerator
+from mem1_kernels.ppo.stop import Stopped, StopSignals
 from mem1_kernels.ppo.update import score_rows, train_on
 from mem1_kernels.ppo.warm_start import warm_start
 from mem1_kernels.retention import Retention
@@ -115,77 +124,103 @@ def train(
             `log_prob_tolerance` to what its arithmetic is off by and `importance_cap`, which
             corrects for that. Default: the policy itself plays, in this process.
         accelerator: one that is set up already. Default: made from the environment.
-        progress: show progress bars, on a terminal and on the main process. `context` is the most
-            tokens that a context held and the mean of whole trajectories, `gap` the largest
-            difference between the log-probs of rollout and trainer.
+        progress: show progress, on the main process: bars on a terminal, elsewhere a line per
+            step on stderr. `context` is the most tokens that a context held and the mean of whole
+            trajectories, `gap` the largest difference between the log-probs of rollout and trainer.
 
     Returns:
         The policy, unpatched, unsharded and on every process, and the history: one record per step
         and one per evaluation, as in metrics.jsonl; after a resume those from before it too.
 
+    SIGTERM and Ctrl-C are waited for while it runs: the step that goes on is ended, a checkpoint is
+    written if `save_every` is set, and all processes of the launch raise `Stopped`. A second Ctrl-C
+    raises KeyboardInterrupt at once.
+
     Raises:
         ValueError: options or files that do not fit; log-probs of rollout and trainer that differ.
+        OSError: a file that cannot be read or written.
+        Stopped: a signal ended the run early; a SystemExit with the usual code.
         ImportError: an option needs a package that is not installed.
         RuntimeError: most of a step's episodes failed.
         FloatingPointError: a gradient that is not finite.
     """
-    accelerator = accelerator or Accelerator(
-        mixed_precision="bf16" if config.bf16 else None,
-        log_with=config.trackers.split(",") if config.trackers else None,
-        project_dir=config.out,
-    )
-    progress = progress and accelerator.is_main_process
+    accelerator = accelerator or make_accelerator(config)
+    is_main = accelerator.is_main_process
+    progress = progress and is_main
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    saved = checkpoints(out)
-    if saved and not config.resume:
-        raise ValueError(f"out: {out} holds checkpoints; set resume, or take another folder")
-    world = world or world_of(config)
-    retention = generation_of(config).retention
-    learner = Learner(config, accelerator, attend)
+    with claimed(out, is_main), ExitStack() as stack:
+        saved = newest_checkpoint(out, accelerator, config.resume)
+        world = world or world_of(config)
+        retention = generation_of(config).retention
+        check_depth(world, retention)
+        learner = Learner(config, accelerator, attend)
+        first_step, in_checkpoint = 0, -1
+        if saved:
+            first_step, path = saved
+            in_checkpoint = first_step
+            load_checkpoint(learner, first_step, path)
+        log = stack.enter_context(Log(config, accelerator, first_step))
+        signals = stack.enter_context(StopSignals(accelerator, progress))
 
-    first_step = 0
-    if saved:
-        first_step, path = saved[-1]
-        load_checkpoint(learner, first_step, path)
-    log = Log(config, accelerator, first_step)
-    if not saved:
-        if config.sft_steps:
-            warm_start(learner, world, retention, progress)
-        learner.settle_reference()
-        if config.save_every:
-            save_checkpoint(learner, out, 0)
+        def save(step: int) -> None:
+            nonlocal in_checkpoint
+            if in_checkpoint != step:
+                save_checkpoint(learner, out, step)
+                in_checkpoint = step
 
-    def evaluation(step: int) -> None:
-        table = evaluate(config, learner.player(), world=world, accelerator=accelerator)
-        log({"step": step, "evaluation": table})
+        def may_stop(step: int | None) -> None:
+            """Ends the run if a signal asked for it. `step` comes next; None: the warm start's."""
+            if not (number := signals.received()):
+                return
+            where = "in the warm start" if step is None else f"after {step} steps"
+            left = "nothing is saved"
+            if config.save_every and step is not None:
+                save(step)
+                left = f"checkpoint-{step:06d} is saved, and resume goes on from it"
+            log.draw()
+            raise Stopped(number, f"{out}: stopped {where}; {left}")
 
-    bar = tqdm(
-        range(first_step, config.steps), config.algorithm, disable=None if progress else True
-    )
-    for step in bar:
-        if config.eval_every and step % config.eval_every == 0:
-            evaluation(step)
-        record, results = run_step(learner, world, retention, step, make_engine)
-        log(record)
-        bar.set_postfix(
-            reward=f"{record['reward']:.3f}",
-            context=f"{record['peak_context']}/{record['total_tokens']:.0f}",
-            gap=f"{record['log_prob_gap']:.0e}",
-        )
-        if config.save_transcripts and accelerator.is_main_process:
-            write_transcripts(results, out / "transcripts" / f"{step:06d}.jsonl")
-        if config.save_every and (step + 1) % config.save_every == 0:
-            save_checkpoint(learner, out, step + 1)
+        def evaluation(step: int) -> None:
+            player, table = learner.player(), []
+            for size in config.eval_sizes:
+                table += evaluate(
+                    config, player, world=world, accelerator=accelerator, sizes=[size]
+                )
+                may_stop(step)
+            log({"step": step, "evaluation": table})
+            rewards = ", ".join(f"size {row['size']} {row['reward']:.3f}" for row in table)
+            steps.line(f"evaluation after {step} steps: reward at {rewards}")
 
-    if config.eval_every:
-        evaluation(config.steps)
-    log.close()
-    policy = unpatch(learner.player())
-    if accelerator.is_main_process:
-        policy.save_pretrained(out / "policy")
-        if world.tokenizer is not None:
-            world.tokenizer.save_pretrained(out / "policy")
+        if not saved:
+            if config.sft_steps:
+                warm_start(learner, world, retention, progress, lambda: may_stop(None))
+            learner.settle_reference()
+            if config.save_every:
+                save(0)
+        steps = Progress(range(first_step, config.steps), config.algorithm, progress)
+        for step in steps:
+            may_stop(step)
+            if config.eval_every and step % config.eval_every == 0:
+                evaluation(step)
+            record, results = run_step(learner, world, retention, step, make_engine)
+            log(record)
+            steps.figures(
+                reward=f"{record['reward']:.3f}",
+                context=f"{record['peak_context']}/{record['total_tokens']:.0f}",
+                gap=f"{record['log_prob_gap']:.0e}",
+            )
+            if config.save_transcripts and is_main:
+                write_transcripts(results, out / "transcripts" / f"{step:06d}.jsonl")
+            if config.save_every and (step + 1) % config.save_every == 0:
+                save(step + 1)
+        if config.eval_every:
+            evaluation(config.steps)
+
+        policy = unpatch(learner.player())
+        from_main(is_main, lambda: save_policy(policy, world.tokenizer, out / "policy"))
+        log.draw()
+        if number := signals.received():
+            raise Stopped(number, f"{out}: stopped after the last step; all is saved")
     return Run(policy, log.history)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mem1_kernels.agent.world import World
 from mem1_kernels.ppo.advantages import gae, on_last_token
@@ -15,18 +15,27 @@ from mem1_kernels.ppo.batch import PackedRow, fill
 from mem1_kernels.ppo.episodes import read_transcripts
 from mem1_kernels.ppo.learner import Learner
 from mem1_kernels.ppo.losses import value_loss
-from mem1_kernels.ppo.report import Stopwatch
+from mem1_kernels.ppo.report import Progress, Stopwatch
 from mem1_kernels.ppo.update import train_on
-from mem1_kernels.retention import Retention
+from mem1_kernels.retention import Retention, Segment
 from mem1_kernels.trajectory import Layout, Trajectory, pack
 from mem1_kernels.tree import unroll
 
 
-def warm_start(learner: Learner, world: World, retention: Retention, progress: bool) -> float:
+def warm_start(
+    learner: Learner,
+    world: World,
+    retention: Retention,
+    progress: bool,
+    may_stop: Callable[[], None] = lambda: None,
+) -> float:
     """Learns from traces and returns the last loss.
 
     The policy learns what the traces generate, the critic the reward that they got. A jump of the
     positions behind the prompt lets it see distances that only longer horizons have.
+
+    Args:
+        may_stop: called before each step; it may raise to end the run.
 
     Raises:
         ValueError: neither a teacher nor transcripts, or a line that is not a transcript.
@@ -35,10 +44,12 @@ def warm_start(learner: Learner, world: World, retention: Retention, progress: b
     traces = read_transcripts(config.transcripts) if config.transcripts else []
     if not traces and world.demonstrate is None:
         raise ValueError("transcripts: this task has no teacher; expected a file of traces")
+    _check_ids(traces, learner.module.policy.get_input_embeddings().num_embeddings)
     watch = Stopwatch(accelerator.device)
-    bar = tqdm(range(config.sft_steps), "warm start", disable=None if progress else True)
+    steps = Progress(range(config.sft_steps), "warm start", progress, lines=10)
     figures = {"loss": math.nan}
-    for step in bar:
+    for step in steps:
+        may_stop()
         rng = random.Random(f"{config.seed}/sft/{step}")
         layouts: list[Layout] = []
         rewards: list[float] = []
@@ -79,9 +90,17 @@ def warm_start(learner: Learner, world: World, retention: Retention, progress: b
         falling = 1 - 0.9 * step / max(config.sft_steps - 1, 1)
         learner.learning_rates(config.sft_lr * falling, config.critic_lr)
         figures = train_on(learner, rows, loss_of, watch)
-        bar.set_postfix(loss=f"{figures['loss']:.4f}")
+        steps.figures(loss=f"{figures['loss']:.4f}")
     learner.optimizer.optimizer.state.clear()
     return figures["loss"]
+
+
+def _check_ids(traces: list[tuple[list[Segment], float]], known: int) -> None:
+    """Raises ValueError for ids that the model has no embedding of."""
+    for segments, _ in traces:
+        largest = max((max(segment.ids or (0,)) for segment in segments), default=0)
+        if largest >= known:
+            raise ValueError(f"transcripts: expected ids below {known}, the model's, got {largest}")
 
 
 def _pack(

@@ -1,4 +1,4 @@
-"""The catalogue of the procedural shop: what kinds of products there are, and how one is made."""
+"""The catalogue of the procedural shop: kinds of products, and how to make one."""
 
 from __future__ import annotations
 
@@ -126,11 +126,11 @@ _DEPARTMENTS = {
 
 @dataclass(frozen=True)
 class Product:
-    """What the shop sells.
+    """A product of the shop.
 
     Args:
         asin: its number in the shop, such as "B00001A".
-        query: the kind of product, the words one would search for it.
+        query: the kind of product, as search words.
         category: the path to its shelf.
         nouns: the nouns of the title, which decide how alike two products are.
         options: name -> the values to choose from.

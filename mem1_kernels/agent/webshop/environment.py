@@ -1,8 +1,8 @@
 """WebShop in text: search, look at products, choose options, buy.
 
-The environment plays on a site: `ShopSite` is the procedural shop in this process, `RemoteSite`
-(`webshop_server.py`) a real WebShop server. A page is shown as the original's text mode shows it,
-pieces of text with [SEP] between them, and with the actions that it allows.
+The environment uses a site: `ShopSite` is the procedural shop in this process, `RemoteSite`
+(`server.py`) a real WebShop server. A page is shown as in the original's text mode: pieces of text
+with [SEP] between them, then the actions that it allows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DETAILS = ("description", "features")
 
 @dataclass(frozen=True)
 class View:
-    """What a site shows.
+    """A page of a site.
 
     Args:
         texts: the pieces of text of the page.
@@ -52,7 +52,7 @@ class Site(Protocol):
         """The results for keywords; only asked where the page is searchable."""
 
     def click(self, name: str) -> View:
-        """The page behind a clickable of the page shown last."""
+        """The page after a click on something clickable of the last page."""
 
 
 class ShopSite:
@@ -151,10 +151,10 @@ class ShopSite:
 
 
 class WebShop:
-    """Buys on a site; the reward is that of the purchase, and buying ends the episode.
+    """Shopping on a site. Buying ends the episode, with the reward of the purchase.
 
-    An action is `search[keywords]` or `click[what the page offers]`, case aside. Any other, and a
-    turn that cannot be read, costs a turn: the page stays, with a line that says so.
+    An action is `search[keywords]` or `click[something on the page]`, in any case. Another action
+    and a turn that cannot be read cost a turn: the page stays, with a line that says so.
 
     >>> shop = Shop(products=300)
     >>> environment, goal = WebShop(ShopSite(shop)), shop.goals(1)[0]
@@ -174,7 +174,7 @@ class WebShop:
         self._view: View | None = None
 
     def __copy__(self) -> WebShop:
-        """Another customer, who plays on a copy of the site."""
+        """An environment for another customer, with a copy of the site."""
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__ | {"site": copy.copy(self.site)}
         return other

@@ -1,4 +1,4 @@
-"""A procedural shop in the manner of WebShop (arXiv 2207.01206): products, goals and the reward.
+"""A procedural shop like WebShop (arXiv 2207.01206): products, goals and the reward.
 
 Everything follows from a seed: no download, no server. Products have a category, a title, features
 (their attributes), options to choose and a price. A goal asks for a product by some of that. What
@@ -76,7 +76,7 @@ class Shop:
         return [self.products[passage.id] for passage in found]
 
     def goals(self, count: int, seed: int = 0) -> list[Goal]:
-        """Goals for `count` different products, at most one a product; drawn by `seed`."""
+        """Goals for `count` different products, one per product, drawn by `seed`."""
         if not 1 <= count <= len(self.products):
             raise ValueError(f"count: expected 1..{len(self.products)}, got {count}")
         rng = random.Random(seed)
@@ -137,7 +137,7 @@ def base_color(option: str) -> str:
 
 
 def type_reward(product: Product, goal: Goal) -> float:
-    """Is it the right kind of thing: 1, or less the less the titles have in common.
+    """The reward for the kind of product, 0 to 1: how much the titles have in common.
 
     The score is the share of the goal's nouns in the product's title. None: 0. Below 0.1: 0.1. Up
     to 0.2, of another query and with fewer than two categories in common: 0.5. So WebShop has it.

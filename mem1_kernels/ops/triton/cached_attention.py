@@ -116,7 +116,7 @@ def cached_attention(
     value_cache: Tensor,
     lengths: Tensor,
     counts: Tensor | None,
-    positions: Tensor | None,
+    position_ids: Tensor | None,
     window: int,
     scale: float,
     softcap: float,
@@ -139,7 +139,7 @@ def cached_attention(
     if split:
         split_lse = lse.new_empty(2 * shares, kv_heads, query_rows)
         split_out = lse.new_empty(2 * shares, kv_heads, query_rows, head_dim)
-    position_strides = (0, 0) if positions is None else positions.stride()
+    position_strides = (0, 0) if position_ids is None else position_ids.stride()
     schedule = {
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -159,7 +159,7 @@ def cached_attention(
         split_lse,
         lengths,
         counts,
-        positions,
+        position_ids,
         *query.stride()[:3],
         *key_cache.stride()[:3],
         *value_cache.stride()[:3],
@@ -177,7 +177,7 @@ def cached_attention(
         D0=d0,
         D1=d1,
         BLOCK_M=config.block_m,
-        HAS_WINDOW=positions is not None,
+        HAS_WINDOW=position_ids is not None,
         HAS_SOFTCAP=softcap > 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

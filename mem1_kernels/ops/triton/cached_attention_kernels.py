@@ -174,7 +174,7 @@ def _decode_kernel(
     split_lse_ptr,
     lengths_ptr,
     counts_ptr,
-    positions_ptr,
+    position_ids_ptr,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -256,7 +256,7 @@ def _decode_kernel(
     q = _load_rows(q_ptr + b * stride_qb, q_offset, 1, live, HEAD_DIM, D0, D1)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    position_ptr = positions_ptr
+    position_ptr = position_ids_ptr
     q_nearest = q_slot
     nearest = 0
     if HAS_WINDOW:

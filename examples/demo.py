@@ -119,7 +119,7 @@ def megabytes(name: str) -> float:
 def show_training() -> None:
     results = {}
     for way in ("mem1_kernels", "dense mask"):
-        command = [sys.executable, "-m", "bench.demo", "--train", way]
+        command = [sys.executable, "-m", "examples.demo", "--train", way]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         results[way] = json.loads(output.splitlines()[-1])
     print(

@@ -1,0 +1,82 @@
+"""Trajectories as batches of transformers' Trainer and of TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mem1_kernels.block_plan import BlockPlan
+from mem1_kernels.retention import Retention, Segment, mem1
+from mem1_kernels.trajectory import Trajectory, pack
+
+
+class TrajectoryCollator:
+    """A data collator: packs trajectories behind each other into one row, with their plan.
+
+    The model must be patched (`mem1_kernels.hf.patch`), and the trainer must keep the columns:
+    `remove_unused_columns=False`; for TRL also `dataset_kwargs={"skip_prepare_dataset": True}`.
+    The loss is that of the generated tokens (state and action), each predicted by the token that
+    the layout says.
+
+    Args:
+        retention: which segment drops which. Default: mem1.
+
+    Raises (when called):
+        TypeError, ValueError: examples without "segments", or with some that are not segments.
+
+    >>> collate = TrajectoryCollator()
+    >>> example = {"segments": [["prompt", 0, [5, 6]], ["state", 1, [7]], ["action", 1, [8]]]}
+    >>> batch = collate([example, example])
+    >>> batch["input_ids"].tolist(), batch["position_ids"].tolist()
+    ([[5, 6, 7, 8, 5, 6, 7, 8]], [[0, 1, 2, 3, 0, 1, 2, 3]])
+    >>> batch["shift_labels"].tolist()
+    [[-100, 7, 8, -100, -100, 7, 8, -100]]
+    """
+
+    def __init__(self, retention: Retention = mem1) -> None:
+        self.retention = retention
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Packs examples.
+
+        Args:
+            examples: each with "segments": a list of `Segment`, of [role, turn, token ids] as the
+                trainer's transcripts have them, or of {"role", "turn", "ids"} as a column of a
+                `datasets.Dataset` can hold them.
+
+        Returns:
+            input_ids, position_ids, labels and shift_labels, int64 `[1, tokens]` each, and plan.
+            `labels` are the shifted ones too: a causal LM needs some to compute its loss, and takes
+            `shift_labels` as they are.
+        """
+        layouts = []
+        for number, example in enumerate(examples):
+            if "segments" not in example:
+                raise ValueError(
+                    f"examples: expected 'segments' in example {number}, got {sorted(example)}; "
+                    "set remove_unused_columns=False"
+                )
+            segments = [_segment(item) for item in example["segments"]]
+            layouts.append(Trajectory(segments, self.retention))
+        layout = pack(layouts)
+        labels = layout.shift_labels()[None]
+        assert layout.token_ids is not None
+        return {
+            "input_ids": layout.token_ids[None],
+            "position_ids": layout.position_ids[None],
+            "labels": labels,
+            "shift_labels": labels,
+            "plan": BlockPlan.of(layout),
+        }
+
+
+def _segment(item: Any) -> Segment:
+    if isinstance(item, Segment):
+        return item
+    if isinstance(item, Mapping) and {"role", "turn", "ids"} <= item.keys():
+        role, turn, ids = item["role"], item["turn"], item["ids"]
+    elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 3:
+        role, turn, ids = item
+    else:
+        raise TypeError(f"segments: expected a Segment or [role, turn, token ids], got {item!r}")
+    return Segment(role, list(ids), turn)
