@@ -26,7 +26,7 @@ $(BIN)/python:
 	@echo "[1/4] $(VENV): a virtual environment of $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
-# A torch or triton that is there stays. pip is quiet; what it fails at it still says.
+# A torch or triton that is there stays. pip is quiet: it prints warnings and errors only.
 $(DEPENDENCIES): $(wildcard requirements/*.txt) | $(BIN)/python
 	@echo "[2/4] torch and triton, where the environment has none (about 1 minute)"
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q -r requirements/torch.txt

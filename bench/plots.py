@@ -196,7 +196,7 @@ def times(
             ]
             axes.errorbar(
                 medians, at, xerr=spread, fmt=MARKERS[place], color=PALETTE[place], markersize=5.5,
-                elinewidth=1, label=ways[way],
+                elinewidth=1, zorder=20 - place, label=ways[way],
             )  # fmt: skip
         axes.set_yticks(range(len(group)), [case for case, _ in group], fontsize=8.5)
         axes.set_ylim(len(group) - 0.5, -0.5)

@@ -136,7 +136,7 @@ def rows_for(turns: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-QUICK = {"turns": [2, 4], "layers": 2, "rounds": 1}
+QUICK = {"turns": [3], "batch": 2, "layers": 2, "rounds": 1}
 
 
 def make_parser() -> argparse.ArgumentParser:
