@@ -58,7 +58,7 @@ def build(out: Path) -> None:
     """Writes the kernel-builder project, with its built variants, into the folder `out`.
 
     Raises:
-        FileExistsError: `out` holds something that is no earlier build of this script.
+        FileExistsError: `out` holds something that is not an earlier build of this script.
     """
     if out.exists() and any(out.iterdir()) and not (out / "build.toml").exists():
         raise FileExistsError(f"{out}: expected a new folder or an earlier build, got other files")

@@ -69,7 +69,7 @@ class BlockPlan:
         needed, and where `labels=` would go by other predecessors than the layout's.
 
         Raises:
-            TypeError: something that is no Layout.
+            TypeError: something that is not a Layout.
             ValueError: a layout without tokens.
 
         >>> from mem1_kernels import Segment, Trajectory

@@ -1,4 +1,4 @@
-"""The mask, as one integer a key.
+"""The mask, as one integer per key.
 
 `expiry[k]` is the first packed position whose query no longer sees key `k`, and the optional
 `floor[i]` is the first key that query `i` may see:

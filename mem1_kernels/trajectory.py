@@ -184,7 +184,7 @@ class Layout:
         """This layout with some fields replaced, as a plain Layout.
 
         Raises:
-            TypeError: a name that is no field, or a value of another type.
+            TypeError: a name that is not a field, or a value of another type.
             ValueError: a value that does not fit.
 
         >>> trajectory = Trajectory([Segment("prompt", 2), Segment("action", 1, 1)])
@@ -242,7 +242,7 @@ class Trajectory(Layout):
         retention: which segment drops which (default: `mem1`).
 
     Raises:
-        TypeError: something that is no Segment, or a policy that is no function.
+        TypeError: something that is not a Segment, or a policy that is no function.
         ValueError: no segments, decreasing turns, some segments with ids and some without, or a
             policy whose result does not fit (see `retained`).
 
@@ -339,7 +339,7 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
         A Layout; `document` numbers the members in the order given.
 
     Raises:
-        TypeError: something that is no trajectory or group of them.
+        TypeError: something that is not a trajectory or group of them.
         ValueError: nothing to pack; both forms of positions; token ids in some only; or a group
             whose prompts differ, are empty, or expire.
 

@@ -105,7 +105,7 @@ def make_case(
     seed: int = 0,
     **options,
 ) -> Case:
-    """Random values in what is held, NaN in every other slot and in queries that are no tokens."""
+    """Random values in what is held, NaN in every other slot and in queries that are not tokens."""
     generator = GENERATOR(seed)
     batch, capacity = len(lengths), capacity or max(*lengths, 1) + 5
     query = torch.randn(batch, new_tokens, heads, head_dim, generator=generator).to(dtype)

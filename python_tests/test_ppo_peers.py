@@ -385,7 +385,7 @@ def test_the_kl_of_openrlhf(openrlhf, kind):
 def test_the_advantages_of_openrlhf(openrlhf, dtype, estimator):
     """Without holes, since its time goes on over observations, and with its KL in the reward.
 
-    Its GRPO (`group_norm`) adds 1e-9 to the deviation, ours 1e-6 unless told.
+    Its GRPO (`group_norm`) adds 1e-9 to the deviation, ours 1e-6 by default.
     """
     n = numbers(dtype, holes=False)
     coef = 0.0 if estimator in ("rloo", "group_norm", "dr_grpo") else 0.1

@@ -68,7 +68,7 @@ struct Mask {
   }
 };
 
-// -1 where the query, one a lane, sees the key.
+// -1 where the query of each lane sees the key.
 inline IntVec visible(int key, int expiry, IntVec query, IntVec floor) {
   return (floor <= key) & (key <= query) & (query < expiry);
 }

@@ -14,7 +14,7 @@ constexpr int kFewRows = 16;
 // Slots that few rows meet at a time.
 constexpr int kSlotBlock = 64;
 
-// One position a slot, int32 or int64.
+// One position per slot, int32 or int64.
 struct Positions {
   const char* data;  // null: no window
   int64_t stride;    // bytes from one slot to the next

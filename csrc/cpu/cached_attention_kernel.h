@@ -170,7 +170,7 @@ __attribute__((always_inline)) inline void store_sums(const Vec* x, float* to) {
   memcpy(to, &sum, 4 * sizeof(float));
 }
 
-// How few rows meet keys and values. A vector holds kPerWord elements a lane, as in tile_math.h:
+// How few rows meet keys and values. A vector holds kPerWord elements per lane, as in tile_math.h:
 // neighbours of one key for dot products, or those of kPerWord slots for sums over values.
 template <typename StoredElement>
 struct FloatLanes {

@@ -265,7 +265,7 @@ void pack_tokens(const Tokens& tokens, int rows, int head_dim, float* words) {
   }
 }
 
-// words[padded_head / kPerWord, kLaneStride], depth along head_dim, a token a lane; rows: rounded
+// words[padded_head / kPerWord, kLaneStride], depth along head_dim, a token per lane; rows: rounded
 // up to whole vectors. `packed` is overwritten.
 template <typename Element, typename Words, typename Tokens>
 void pack_transposed(const Tokens& tokens, int rows, int head_dim, float* packed, float* words) {

@@ -39,7 +39,7 @@ struct Row {
   int64_t keep_stride;
   int capacity;
   int length_bits;  // 2 * capacity < 2^length_bits; the bits above count readers
-  int readers;      // blocks a row, if this launch writes the new lengths; otherwise 0
+  int readers;      // blocks per row, if this launch writes the new lengths; otherwise 0
 };
 
 template <int kMaxTensors>

@@ -182,7 +182,7 @@ def compose(
 
     Raises:
         ValueError: fewer usable questions than `objectives`.
-        TypeError: a dataset of anything but `Question`; `objectives` that is no whole number.
+        TypeError: a dataset of anything but `Question`; `objectives` that is not a whole number.
 
     >>> dataset = [Question(f"What is {n}?", (str(n),)) for n in range(7)]
     >>> tasks = compose(dataset, objectives=3, seed=None)
@@ -293,7 +293,7 @@ class RetrievalQA:
         """Begins an episode.
 
         Raises:
-            TypeError: a task that is no `QATask`.
+            TypeError: a task that is not a `QATask`.
         """
         if not isinstance(task, QATask):
             raise TypeError(f"task: expected a QATask, got {type(task).__name__}")

@@ -25,7 +25,7 @@ class Passage:
     """A passage, found with `score` (higher is better; 0 where none is known).
 
     Raises:
-        TypeError: contents that are no text. Lone surrogates in them become U+FFFD.
+        TypeError: contents that are not text. Lone surrogates in them become U+FFFD.
 
     >>> passage = Passage("7", '"Chad"\\nIts capital is N\\'Djamena.')
     >>> passage.title, passage.text
@@ -67,7 +67,7 @@ def read_corpus(path: str | Path, *, option: str = "") -> list[Passage]:
 
     Raises:
         OSError: a file that cannot be read.
-        ValueError: a line that is no JSON object with "id" and "contents", an id that occurs
+        ValueError: a line that is not a JSON object with "id" and "contents", an id that occurs
             twice, or an empty file; see `read_jsonl`.
     """
     seen: set[str] = set()

@@ -107,7 +107,7 @@ class TagSet:
         reasoning: tag of reasoning that stands before the state and is kept with it, or None.
 
     Raises:
-        ValueError: a name that is no tag name, a name used twice, or no action.
+        ValueError: a name that is not a tag name, a name used twice, or no action.
 
     >>> MEM1.parse("<think>France: Paris.</think>\\n<search>capital of Chad</search>").payload
     'capital of Chad'

@@ -113,7 +113,7 @@ class WebSearch:
         """At most `topk` passages for each query, best first.
 
         Raises:
-            ToolError: no answer, one that is no search result, or a cache that cannot be used.
+            ToolError: no answer, one that is not a search result, or a cache that cannot be used.
         """
         check_search(queries, topk)
         return [self._cached(valid_text(query), topk) for query in queries]

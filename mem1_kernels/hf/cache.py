@@ -185,7 +185,7 @@ class TrajectoryCache(Cache):
             expiry: of the new slots: one for all, or `[batch]`.
 
         Raises:
-            TypeError: numbers that are no integers.
+            TypeError: numbers that are not integers.
             ValueError: another number of rows, or a negative count.
         """
         on_host = self._per_row("counts", counts, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What the doors of the ops share: what they take, and what they tell autograd."""
+"""Checks that the ops share: what they take, and what they tell autograd."""
 
 from __future__ import annotations
 

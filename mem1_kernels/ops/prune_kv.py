@@ -43,7 +43,7 @@ def prune_kv_(
     torch's own index checks do, since reading it back would cost a wait.
 
     Args:
-        keys, values: one tensor a layer, `[batch, kv_heads, capacity, head_dim]`, of any dtype of
+        keys, values: one tensor per layer, `[batch, kv_heads, capacity, head_dim]`, of any dtype of
             1, 2, 4 or 8 bytes. kv_heads, head_dim, dtype and strides may differ from layer to
             layer; the last dimension must be contiguous. Storage `[batch, capacity, heads,
             head_dim]` goes in as `x.transpose(1, 2)`. Changed in place.
@@ -128,7 +128,7 @@ def prune_paged_kv_(
     find them.
 
     Args:
-        keys, values: one tensor a layer, `[pages, page_size, kv_heads, head_dim]` (NHD) or
+        keys, values: one tensor per layer, `[pages, page_size, kv_heads, head_dim]` (NHD) or
             `[pages, kv_heads, page_size, head_dim]` (HND), otherwise as in `prune_kv_`. Caches
             that hold keys and values together go in as views: vLLM's and FlashInfer's
             `[pages, 2, ...]` as `kv[:, 0]` and `kv[:, 1]`, vLLM's `[2, pages, ...]` as `kv[0]` and

@@ -204,7 +204,7 @@ def _as_bytes(x: Tensor) -> Tensor:
 def turned(key: Tensor, delta: Tensor, steps: Tensor, interleaved: bool) -> Tensor:
     """Keys `[heads, tokens, rotary_dim]` rotated on by `delta` `[tokens]` positions, in fp64.
 
-    steps: int64 `[rotary_dim / 2]`, in units of 2^-64 turns a position. (RoPE, arXiv 2104.09864.)
+    steps: int64 `[rotary_dim / 2]`, in units of 2^-64 turns per position. (RoPE, arXiv 2104.09864.)
     """
     turns = steps.double() / 2.0**64 * delta.double()[:, None]
     angle = 2 * torch.pi * (turns - turns.round())

@@ -1,4 +1,4 @@
-"""Rotary positions as a pure rotation: by how much each pair of a key turns a position."""
+"""Rotary positions as a pure rotation: by how much each pair of a key turns per position."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Rope:
     plain ones.
 
     Args:
-        inv_freq: float32 or float64 `[rotary_dim / 2]`, radians a position, as the model's rotary
-            embedding holds it; or a sequence of such tensors, one a layer (empty: the layer's keys
+        inv_freq: float32 or float64 `[rotary_dim / 2]`, radians per position, as the model's rotary
+            embedding holds it; or a sequence of such tensors, one per layer (empty: its keys
             are not rotated). Elements of a key from `rotary_dim` on do not turn.
         layout: "half": element `i` turns with `i + rotary_dim / 2` (Llama, Qwen, Gemma);
             "interleaved": `2 i` with `2 i + 1` (GLM, GPT-J).
 
     Attributes:
-        steps: what the kernels read, int64 `[rotary_dim / 2]`, one tensor or one a layer.
+        steps: what the kernels read, int64 `[rotary_dim / 2]`, one tensor or one per layer.
 
     Raises:
         TypeError: a frequency tensor that is not float32 or float64.
@@ -43,7 +43,7 @@ class Rope:
 
     inv_freq: Tensor | Sequence[Tensor]
     layout: str = "half"
-    # The frequencies as int64, in units of 2^-64 turns a position, whole turns left out: an integer
+    # The frequencies, in units of 2^-64 turns per position, whole turns left out: an int64
     # product with a position wraps at whole turns, so angles stay exact however far a key moves.
     steps: list[Tensor] = field(init=False, repr=False)
 
@@ -84,7 +84,7 @@ class Rope:
             head_dim: elements of a key.
 
         Raises:
-            ValueError: a type that is no rotation by a fixed angle a position ("dynamic",
+            ValueError: a type that is not a rotation by a fixed angle per position ("dynamic",
                 "longrope"), one that is not known, or a parameter that is missing.
 
         Source: Llama 3.1's scaling; YaRN, arXiv 2309.00071, section 3.2.
@@ -129,7 +129,7 @@ def _inv_freq(kind: str, parameters: Mapping[str, Any], rotary_dim: int) -> Tens
     if kind == "yarn":
         return _yarn(base, exponent, parameters, rotary_dim)
     raise ValueError(
-        f"parameters: rope_type {kind!r} is no rotation by a fixed angle a position that is known "
+        f"parameters: rope_type {kind!r} is not a known rotation by a fixed angle per position "
         "here; known: default, mrope, linear, llama3, yarn (a fixed inv_freq can be given to Rope "
         "itself)"
     )

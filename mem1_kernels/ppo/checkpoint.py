@@ -75,7 +75,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Planner(dcp.DefaultLoadPlanner):
-    """Takes values that are no tensors, such as learning rates, without running what they ask."""
+    """Takes values that are not tensors, such as learning rates, without running what they ask."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()

@@ -155,7 +155,7 @@ class Config:
     )
     log_prob_tolerance: float = _option(
         0.0,
-        "largest |rollout - trainer| log-prob that is no error; 0: by dtype; inf: any",
+        "largest |rollout - trainer| log-prob that is not an error; 0: by dtype; inf: any",
         at_least(0),
     )
     # evaluation

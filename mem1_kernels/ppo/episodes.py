@@ -321,7 +321,7 @@ def read_transcripts(path: str) -> list[tuple[list[Segment], float]]:
 
     Raises:
         OSError: a file that cannot be read.
-        ValueError: a line that is no transcript, or a file without any.
+        ValueError: a line that is not a transcript, or a file without any.
     """
     traces = []
     try:

@@ -134,7 +134,7 @@ class RemoteSite:
         max_bytes: bytes of a page, unpacked; a longer one is an error.
 
     Raises:
-        ValueError: an argument out of its range, an address that is no http(s) address or has a
+        ValueError: an argument out of its range, an address that is not a http(s) address or has a
             query.
     """
 
@@ -163,7 +163,7 @@ class RemoteSite:
         """A new session with goal number `task`.
 
         Raises:
-            TypeError: a task that is no number from 0.
+            TypeError: a task that is not a number from 0.
             ToolError: no answer, or a page that is none of WebShop's.
         """
         if isinstance(task, bool) or not isinstance(task, int) or task < 0:
@@ -190,7 +190,7 @@ class RemoteSite:
         try:
             address = urljoin(self._address, url)
         except ValueError:
-            raise ToolError(f"WebShop server {self.url}: a link that is no address") from None
+            raise ToolError(f"WebShop server {self.url}: a link that is not an address") from None
         reply = self._http.request(method, address, form=form)
         self._address = reply.url
         reader = _Reader()

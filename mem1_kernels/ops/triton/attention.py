@@ -120,8 +120,8 @@ def backward(
     """`mem1::trajectory_attention_bwd`: gradients of query, key, value (contiguous, their dtype).
 
     Each is written once, or summed in a fixed order: two runs agree bit for bit. Besides the
-    gradients this takes 8 bytes a query and head, and above 1,024 tokens 8 bytes a key, kv head and
-    dimension for the pieces of split columns (whose number only the device knows).
+    gradients this takes 8 bytes per query and head, and above 1,024 tokens 8 bytes per key, kv head
+    and dimension for the pieces of split columns (whose number only the device knows).
     """
     batch, tokens, heads, head_dim = query.shape
     kv_heads = key.shape[2]

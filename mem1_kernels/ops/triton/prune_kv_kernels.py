@@ -152,7 +152,7 @@ def _move_slots_kernel(
 
 @triton.jit
 def _turn_cos_sin(steps, positions):
-    """cos and sin of `steps` (2^-64 turns a position) times `positions`: see rope_angle.h."""
+    """cos and sin of `steps` (2^-64 turns per position) times `positions`: see rope_angle.h."""
     angle = ((steps * positions.to(tl.int64)) >> 32).to(tl.int32)
     quarter = (angle + 0x20000000) >> 30  # of a turn, to the nearest; wraps with the angle
     x = (angle - (quarter << 30)).to(tl.float32) * 1.46291807926715968e-9  # 2 pi / 2^32
