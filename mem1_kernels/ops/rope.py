@@ -129,8 +129,8 @@ def _inv_freq(kind: str, parameters: Mapping[str, Any], rotary_dim: int) -> Tens
     if kind == "yarn":
         return _yarn(base, exponent, parameters, rotary_dim)
     raise ValueError(
-        f"parameters: rope_type {kind!r} is not a known rotation by a fixed angle per position "
-        "here; known: default, mrope, linear, llama3, yarn (a fixed inv_freq can be given to Rope "
+        f"parameters: rope_type {kind!r} is not a known rotation by a fixed angle per position"
+        "; known: default, mrope, linear, llama3, yarn (a fixed inv_freq can be given to Rope "
         "itself)"
     )
 
