@@ -48,7 +48,7 @@ demo: $(READY)
 demo-llm: $(if $(MODEL),$(READY),model)
 	$(BIN)/python -m examples.demo_llm $(if $(MODEL),--model $(MODEL))
 
-# Two threads a worker, so that the parallel loops of the C++ kernels do run in parallel.
+# Two threads per worker, so that the parallel loops of the C++ kernels do run in parallel.
 test: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
