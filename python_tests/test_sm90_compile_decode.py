@@ -19,25 +19,28 @@ pytest.importorskip("triton")
 
 SHARED_MEMORY = 227 * 1024
 SMALL_SHARED_MEMORY = 99 * 1024
-# dtype, head_dim, query rows, and whether everything optional (window, softcap) is on.
+# dtype, head_dim, query rows, and, with everything optional (window, softcap) on, the dtype of
+# position_ids.
 DECODE = [
-    ("bf16", 128, 7, False),
-    ("bf16", 128, 7, True),
-    ("bf16", 128, 64, False),
-    ("bf16", 128, 64, True),
-    ("bf16", 128, 3500, False),
-    ("bf16", 128, 3500, True),
-    ("bf16", 64, 3500, False),
-    ("bf16", 80, 7, False),
-    ("bf16", 192, 3500, False),
-    ("bf16", 256, 7, False),
-    ("bf16", 256, 3500, False),
-    ("bf16", 256, 3500, True),
-    ("fp32", 128, 7, True),
-    ("fp32", 256, 7, False),
+    ("bf16", 128, 7, None),
+    ("bf16", 128, 7, "i64"),
+    ("bf16", 128, 7, "i32"),
+    ("bf16", 128, 64, None),
+    ("bf16", 128, 64, "i64"),
+    ("bf16", 128, 3500, None),
+    ("bf16", 128, 3500, "i64"),
+    ("bf16", 64, 3500, None),
+    ("bf16", 80, 7, None),
+    ("bf16", 192, 3500, None),
+    ("bf16", 256, 7, None),
+    ("bf16", 256, 3500, None),
+    ("bf16", 256, 3500, "i64"),
+    ("bf16", 256, 3500, "i32"),
+    ("fp32", 128, 7, "i64"),
+    ("fp32", 256, 7, None),
 ]
 # The same for the generation before, in the shared memory of its consumer cards.
-SM_89 = [("bf16", 128, 7, True), ("bf16", 128, 3500, True), ("bf16", 256, 3500, True)]
+SM_89 = [("bf16", 128, 7, "i64"), ("bf16", 128, 3500, "i64"), ("bf16", 256, 3500, "i64")]
 
 
 def compile_all() -> dict[str, dict]:
@@ -95,9 +98,16 @@ def compile_all() -> dict[str, dict]:
     schedule = {"GROUP": 7, "HAS_COUNTS": True, "BLOCK_B": 64, "MIN_TILES": launchers.MIN_TILES}
     found = {}
     cases = [(90, *case) for case in DECODE] + [(89, *case) for case in SM_89]
-    for capability, dtype, head_dim, query_rows, everything in cases:
+    for capability, dtype, head_dim, query_rows, position_dtype in cases:
         torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-        config = launchers.select_config(query_rows, head_dim, torch_dtype, capability // 10)
+        everything = position_dtype is not None
+        config = launchers.select_config(
+            query_rows,
+            head_dim,
+            torch_dtype,
+            capability // 10,
+            {"i32": torch.int32, "i64": torch.int64, None: None}[position_dtype],
+        )
         chunk, rest = head_chunks(head_dim)
         constants = {
             **schedule,
@@ -116,10 +126,12 @@ def compile_all() -> dict[str, dict]:
             **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), dtype),
         }
         if everything:
-            pointers["position_ids_ptr"] = "i64"
+            pointers["position_ids_ptr"] = position_dtype
         else:
             constants["position_ids_ptr"] = None
-        name = f"decode {dtype} head_dim {head_dim} rows {query_rows}{' all' * everything}"
+        name = f"decode {dtype} head_dim {head_dim} rows {query_rows}"
+        if everything:
+            name += f" all {position_dtype}"
         found[name if capability == 90 else f"sm_{capability} {name}"] = look_at(
             kernels._decode_kernel,
             pointers,

@@ -20,6 +20,7 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from mem1_kernels.ops import reference  # noqa: E402
 from mem1_kernels.ops.kv_cache import append_kv_, cached_attention  # noqa: E402
 from mem1_kernels.ops.triton import cached_attention as launchers  # noqa: E402
 from mem1_kernels.ops.triton.cached_attention_kernels import _first_split_slot, _row_splits  # noqa: E402
@@ -29,6 +30,7 @@ DEVICE = "cuda" if GPU else "cpu"
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 # tl.dot of the interpreter takes bfloat16 for uint16.
 LOW = BFLOAT if GPU else HALF
+LIMITS = torch.iinfo(torch.int64)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +112,35 @@ def test_position_dtypes_and_strides(index_dtype):
     positions = case.options["position_ids"].to(index_dtype)
     case.options["position_ids"] = torch.stack([positions] * 2, 2)[:, :, 0]
     case.check(run(case))
+
+
+@pytest.mark.parametrize("base", [-(2**31), 2**31 - 20, LIMITS.min, LIMITS.max - 2**40 - 60])
+@pytest.mark.parametrize(
+    ("far", "window", "new_tokens"),  # 2 new tokens fill a tile of 16 query rows, 20 one of 64
+    [
+        (0, 5, 2),
+        (0, 2**62, 2),
+        (2**31, 5, 2),
+        (2**31, 5, 20),
+        (2**31, 2**31 - 1, 2),
+        (2**31, 2**31 + 15, 2),
+        (2**40, 2**31, 2),
+        (2**40, 2**40 + 25, 20),
+    ],
+)
+def test_windows_and_positions_of_any_size(base, far, window, new_tokens):
+    """The new tokens, in the slots from 10 on, are `far` positions ahead of the older ones."""
+    tokens = 10 + new_tokens
+    positions = [base + slot + (far if slot >= 10 else 0) for slot in range(tokens)]
+    query, cache = torch.randn(1, new_tokens, 2, 16), torch.randn(2, 1, 1, tokens, 16)
+    fits = all(-(2**31) <= position < 2**31 for position in positions)
+    position_ids = torch.tensor([positions], dtype=torch.int32 if fits else torch.int64)
+    operands = [int32(tokens), None, position_ids, window, 0.25, 0.0]
+    expected = reference.cached_attention(query.double(), *cache.double(), *operands)
+    operands = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in operands]
+    got = launchers.cached_attention(query.to(DEVICE), *cache.to(DEVICE), *operands)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine.cpu().double(), theirs.double(), rtol=1e-3, atol=1e-3)
 
 
 def test_impossible_lengths_stay_inside_the_cache():

@@ -355,6 +355,30 @@ class Ascending {
   int partial_, full_;
 };
 
+// The turn of one query tile and head to add to a key tile, which `entry` of its list names.
+class Turn {
+ public:
+  Turn(const Turns& turns, int64_t key_tile, int entry)
+      : shown_(turns.turn + key_tile),
+        own_(ticket(turns.tile, turns.member, turns.group)),
+        first_(first_ticket(turns.first[key_tile], turns.group)),
+        following_(turns.member + 1 < turns.group
+                       ? own_ - 1
+                       : first_ticket(turns.following[entry], turns.group)) {}
+
+  void wait() const {
+    while (__atomic_load_n(shown_, __ATOMIC_ACQUIRE) != own_) std::this_thread::yield();
+  }
+  void pass_on() const { __atomic_store_n(shown_, following_, __ATOMIC_RELEASE); }
+
+  bool is_first() const { return own_ == first_; }
+  bool is_last() const { return following_ == kNoTicket; }
+
+ private:
+  int64_t* const shown_;
+  const int64_t own_, first_, following_;
+};
+
 template <typename Element, typename Words>
 void backward(const BackwardTile& tile, float* scratch) {
   const Problem& problem = tile.problem;
@@ -438,13 +462,11 @@ void backward(const BackwardTile& tile, float* scratch) {
       });
     }
 
-    const Turns& turns = tile.turns;
-    int64_t* const turn = turns.turn + key_tile;
-    const int64_t own = ticket(turns.tile, turns.member, turns.group);
-    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != own) std::this_thread::yield();
+    const Turn turn(tile.turns, key_tile, entry);
+    turn.wait();
     float* const grad_key = tile.sums + key_tile * 2 * kTile * row_stride;
     float* const grad_value = grad_key + kTile * row_stride;
-    if (own == first_ticket(turns.first[key_tile], turns.group)) {
+    if (turn.is_first()) {
       memset(grad_key, 0, sizeof(float) * 2 * kTile * row_stride);
     }
     for (int i = 0; i < strip_count; ++i) {
@@ -461,16 +483,13 @@ void backward(const BackwardTile& tile, float* scratch) {
                                           grad_key + strip.key_begin * row_stride, row_stride,
                                           true);
     }
-    const int64_t following = turns.member + 1 < turns.group
-                                  ? own - 1
-                                  : first_ticket(turns.following[entry], turns.group);
-    if (following == kNoTicket) {
+    if (turn.is_last()) {
       store_tokens<Element>(grad_key, head_dim, problem.scale, tile.grad_key, mask.first_key,
                             problem.tokens);
       store_tokens<Element>(grad_value, head_dim, 1.f, tile.grad_value, mask.first_key,
                             problem.tokens);
     }
-    __atomic_store_n(turn, following, __ATOMIC_RELEASE);
+    turn.pass_on();
   }
 
   transpose(head_dim, kTile, grad_query, kLaneStride, key, row_stride);

@@ -36,13 +36,20 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def select_config(query_rows: int, head_dim: int, dtype: torch.dtype, generation: int) -> Config:
+def select_config(
+    query_rows: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    generation: int,
+    position_dtype: torch.dtype | None = None,
+) -> Config:
     """Tiles for `query_rows` (new tokens x group) packed rows against one kv head.
 
     Up to 16 rows the keys' way through memory is the cost: narrow tiles that leave room for
     three programs a multiprocessor. More rows are matrix work: tiles that fill the tensor cores.
     generation: the major number of the GPU's compute capability; 9 and 10 have 227 KiB of shared
     memory, others may have 99.
+    position_dtype: of the window's positions; None: no window. int64 ones take twice the registers.
     """
     wide = head_dim > 128
     if dtype == torch.float32:
@@ -53,7 +60,9 @@ def select_config(query_rows: int, head_dim: int, dtype: torch.dtype, generation
         return Config(16, 32 if wide else 64, 4, 3)
     if wide:
         return Config(64, 64, 8, 2) if head_dim <= 192 else Config(64, 32, 8, 3)
-    return Config(64, 32, 4, 3) if query_rows <= 64 else Config(128, 64, 8, 3)
+    if query_rows <= 64:
+        return Config(64, 32, 4, 3)
+    return Config(128, 32 if position_dtype == torch.int64 else 64, 8, 3)
 
 
 def append_kv_(
@@ -129,7 +138,8 @@ def cached_attention(
     generation = 9  # of an interpreter
     if query.is_cuda:
         generation = torch.cuda.get_device_capability(query.device)[0]
-    config = select_config(query_rows, head_dim, query.dtype, generation)
+    position_dtype = None if position_ids is None else position_ids.dtype
+    config = select_config(query_rows, head_dim, query.dtype, generation, position_dtype)
     tiles = triton.cdiv(query_rows, config.block_m)
     shares = _shares(query.device, tiles, batch, kv_heads)
     split = shares > 1
@@ -169,7 +179,7 @@ def cached_attention(
         new_tokens,
         capacity,
         shares,
-        min(window, 2**31 - 1),
+        window,
         scale / softcap if softcap else 1.0,
         (softcap or scale) * LOG2_E,
         **schedule,

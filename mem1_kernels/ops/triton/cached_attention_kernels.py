@@ -23,6 +23,11 @@ from mem1_kernels.ops.triton.attention_kernels import (
     _zeros,
 )
 
+INT64_MIN = tl.constexpr(-(2**63))
+INT64_MAX = tl.constexpr(2**63 - 1)
+INT32_MIN = tl.constexpr(-(2**31))
+INT32_MAX = tl.constexpr(2**31 - 1)
+
 
 @triton.jit(do_not_specialize=["new_tokens", "capacity"])
 def _append_kernel(
@@ -112,7 +117,28 @@ def _first_split_slot(rows, splits, batch_row):
 
 @triton.jit
 def _load_positions(ptr, slots, stride, keep):
-    return tl.load(ptr + tl.cast(slots, tl.int64) * stride, mask=keep, other=0).to(tl.int32)
+    return tl.load(ptr + tl.cast(slots, tl.int64) * stride, mask=keep, other=0)
+
+
+@triton.jit
+def _first_seen(position, window):
+    """The first position in the window of each position, or the least that its dtype holds."""
+    if position.dtype == tl.int32:
+        behind = window - 1  # int64 if it needs to be
+        return (tl.maximum(position, INT32_MIN + behind) - behind).to(tl.int32)
+    else:
+        behind = tl.cast(window, tl.int64) - 1
+        return tl.maximum(position, INT64_MIN + behind) - behind
+
+
+@triton.jit
+def _narrow(position, base):
+    """Positions as int32: int64 ones count from `base`, up to INT32_MAX, and are -1 before it."""
+    if position.dtype == tl.int32:
+        return position
+    else:  # unsigned, so that no difference overflows
+        distance = tl.minimum(position.to(tl.uint64) - base.to(tl.uint64), INT32_MAX).to(tl.int32)
+        return tl.where(position < base, -1, distance)
 
 
 @triton.jit
@@ -256,23 +282,36 @@ def _decode_kernel(
     q = _load_rows(q_ptr + b * stride_qb, q_offset, 1, live, HEAD_DIM, D0, D1)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    position_ptr = position_ids_ptr
     q_nearest = q_slot
     nearest = 0
+    position = None
     if HAS_WINDOW:
-        position_ptr += b * stride_pb
-        q_nearest = _load_positions(position_ptr, q_slot, stride_ps, live) - window + 1
-        nearest = tl.min(tl.where(live, q_nearest, 2**31 - 1), 0)
+        position_ids_ptr += b * stride_pb
+        q_nearest = _load_positions(position_ids_ptr, q_slot, stride_ps, live)
+        q_nearest = _first_seen(q_nearest, window)
+        most = INT32_MAX if q_nearest.dtype == tl.int32 else INT64_MAX
+        base = tl.min(tl.where(live, q_nearest, most), 0)
+        q_nearest = _narrow(q_nearest, base)
+        nearest = _narrow(base, base)
+        slots = begin_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        position = _load_positions(position_ids_ptr, slots, stride_ps, slots < end)
+        position = _narrow(position, base)
 
     acc = _zeros(BLOCK_M, D0, D1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    position = None
-    masked_from = begin_tile
     # Matrix-sized query tiles are worth a loop without masks; at decode the loads rule.
-    if BLOCK_M >= 64 and not HAS_WINDOW:
+    SPARE_MASKS: tl.constexpr = BLOCK_M >= 64 and not HAS_WINDOW
+    masked_from = begin_tile
+    if SPARE_MASKS:
         masked_from = tl.minimum(tl.maximum(full_end // BLOCK_N, begin_tile), end_tile)
-        for n in tl.range(begin_tile, masked_from):
+    for MASKED in tl.static_range(0 if SPARE_MASKS else 1, 2):
+        for n in tl.range(
+            masked_from if MASKED else begin_tile, end_tile if MASKED else masked_from
+        ):
+            if HAS_WINDOW:  # a step ahead, so that the keys' loads wait for no other load
+                slots = (n + 1) * BLOCK_N + tl.arange(0, BLOCK_N)
+                next_position = _load_positions(position_ids_ptr, slots, stride_ps, slots < end)
             acc, m, total = _attend(
                 q,
                 acc,
@@ -290,7 +329,7 @@ def _decode_kernel(
                 stride_vs,
                 pre,
                 post,
-                False,
+                MASKED,
                 HAS_WINDOW,
                 HAS_SOFTCAP,
                 HEAD_DIM,
@@ -298,40 +337,8 @@ def _decode_kernel(
                 D1,
                 BLOCK_N,
             )
-    if HAS_WINDOW:
-        slots = begin_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        position = _load_positions(position_ptr, slots, stride_ps, slots < end)
-    for n in tl.range(masked_from, end_tile):
-        if HAS_WINDOW:  # a step ahead, so that the keys' loads wait for no other load
-            slots = (n + 1) * BLOCK_N + tl.arange(0, BLOCK_N)
-            next_position = _load_positions(position_ptr, slots, stride_ps, slots < end)
-        acc, m, total = _attend(
-            q,
-            acc,
-            m,
-            total,
-            k_ptr,
-            v_ptr,
-            position,
-            n * BLOCK_N,
-            end,
-            q_slot,
-            q_nearest,
-            nearest,
-            stride_ks,
-            stride_vs,
-            pre,
-            post,
-            True,
-            HAS_WINDOW,
-            HAS_SOFTCAP,
-            HEAD_DIM,
-            D0,
-            D1,
-            BLOCK_N,
-        )
-        if HAS_WINDOW:
-            position = next_position
+            if HAS_WINDOW:
+                position = _narrow(next_position, base)
 
     blind = (total == 0.0) | ~live
     total = tl.where(blind, 1.0, total)
