@@ -153,7 +153,8 @@ def _rate_bar(axes: Axes, x: float, width: float, row: Row, factor: float, colou
     """A rate with its spread and its number: a rate is work over time, so p80 is the lower end."""
     rate = factor * row["tflops"]
     low, high = (rate * row["median_ms"] / row[name] for name in ("p80_ms", "p20_ms"))
-    spread = [[rate - low], [high - rate]]
+    # A run of few rounds can have its median at the edge of its spread, up to rounding.
+    spread = [[max(rate - low, 0.0)], [max(high - rate, 0.0)]]
     axes.bar(x, rate, 0.92 * width, color=colour, yerr=spread, ecolor="#333", error_kw={"lw": 0.8})
     text = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
     axes.text(x, high, text, ha="center", va="bottom", fontsize=6.5)

@@ -11,7 +11,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,7 +168,7 @@ def pack_tree(rows: Sequence[TokenRow]) -> TreeLayout:
             raise TypeError(f"rows: expected TokenRows, got {type(row).__name__}")
     if not any(len(row) for row in rows):
         raise ValueError("rows: expected at least one token, got none")
-    tree = _lay_out([row.token_ids.numpy() for row in rows])
+    tree = _lay_out([row.token_ids for row in rows])
     index, tokens = tree.index, len(tree.source)
     weights = torch.zeros(tokens)
     given = [torch.ones(len(row)) if row.weights is None else row.weights for row in rows]
@@ -233,14 +232,14 @@ def unroll(trajectory: Trajectory) -> Layout:
 
     # A row per generated segment: the tokens that it sees, by their places in the trajectory, and
     # its own behind them.
-    places = [np.arange(span.start, span.stop) for span in trajectory.spans]
-    rows = [np.concatenate([np.arange(0), *places[:prompts]])]
+    places = [torch.arange(span.start, span.stop) for span in trajectory.spans]
+    rows = [torch.cat([torch.arange(0), *places[:prompts]])]
     for index, segment in enumerate(segments):
         if segment.role in GENERATED:
             alive = [past for past in range(index) if expires[past] > index]
-            rows.append(np.concatenate([places[past] for past in [*alive, index]]))
+            rows.append(torch.cat([places[past] for past in [*alive, index]]))
     tree = _lay_out(rows)
-    source = torch.from_numpy(np.concatenate(rows))[tree.source]
+    source = torch.cat(rows)[tree.source]
     loss_mask = torch.zeros(len(source), dtype=torch.bool)
     written = [segment.num_tokens for segment in segments if segment.role in GENERATED]
     end = len(rows[0])
@@ -294,7 +293,7 @@ class _Tree:
     index: Tensor
 
 
-def _lay_out(rows: Sequence[np.ndarray]) -> _Tree:
+def _lay_out(rows: Sequence[Tensor]) -> _Tree:
     nodes, ends = prefix_tree(rows)
     counts = torch.tensor([len(row) for row in rows])
     starts = (counts.cumsum(0) - counts).tolist()
@@ -344,24 +343,25 @@ class Node:
         return self.offset + self.stop - self.start
 
 
-def prefix_tree(rows: Sequence[np.ndarray]) -> tuple[list[Node], list[Node | None]]:
+def prefix_tree(rows: Sequence[Tensor]) -> tuple[list[Node], list[Node | None]]:
     """The compressed prefix tree of integer rows.
 
     Args:
-        rows: 1-D arrays of non-negative integers.
+        rows: int64 `[items]` each, on the CPU, none of them negative.
 
     Returns:
         The nodes in depth-first order, children in the order of their first rows; and for each row
         the node that it ends in (None: the row is empty).
     """
-    words = [np.ascontiguousarray(row, dtype=">u8") for row in rows]
-    order = sorted(range(len(rows)), key=lambda row: words[row].tobytes())
+    # Big-endian bytes sort as the integers do, and prefixes before what they begin.
+    words = [row.numpy().astype(">u8").tobytes() for row in rows]
+    order = sorted(range(len(rows)), key=words.__getitem__)
     root = Node(0, 0, 0, None)
     ends: list[Node | None] = [None] * len(rows)
     path = [root]
-    previous: np.ndarray = words[order[0]][:0]
+    previous = rows[order[0]][:0]
     for row in order:
-        items = words[row]
+        items = rows[row]
         shared = _common(previous, items)
         # Everything below the shared part is complete; a node that it ends in is cut in two.
         below: Node | None = None
@@ -383,12 +383,11 @@ def prefix_tree(rows: Sequence[np.ndarray]) -> tuple[list[Node], list[Node | Non
     return _depth_first(root, ends), ends
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def _common(a: Tensor, b: Tensor) -> int:
     """How many items two rows have in common at their beginning."""
     count = min(len(a), len(b))
     differ = a[:count] != b[:count]
-    first = int(differ.argmax()) if count else 0
-    return first if count and differ[first] else count
+    return int(differ.int().argmax()) if bool(differ.any()) else count
 
 
 def _depth_first(root: Node, ends: Sequence[Node | None]) -> list[Node]:

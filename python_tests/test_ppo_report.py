@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_older_file(tmp_path, name, monkeypatch):
 def test_the_picture_is_drawn_on_the_way(tmp_path, monkeypatch):
     drawn = []
 
-    def plot(history, path):
+    def plot(history, path, size):
         assert (tmp_path / "run" / "curve.png").exists() == bool(drawn)
         drawn.append(len(history))
         path.write_text("picture")

@@ -461,9 +461,12 @@ def test_partial_rotary_factor_and_old_spelling() -> None:
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}, "'dynamic' is not a known rotation"),
-        ({"rope_theta": 1e4, "rope_type": "longrope"}, "'longrope' is not a known rotation"),
-        ({"rope_theta": 1e4, "rope_type": "new"}, "'new' is not a known rotation"),
+        (
+            {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0},
+            "'dynamic' is not a known",
+        ),
+        ({"rope_theta": 1e4, "rope_type": "longrope"}, "'longrope' is not a known"),
+        ({"rope_theta": 1e4, "rope_type": "new"}, "'new' is not a known"),
         ({"rope_theta": 1e4, "rope_type": "new"}, "known: default, mrope, linear, llama3, yarn"),
         ({"rope_theta": 1e4, "rope_type": "linear"}, "linear needs factor"),
         ({"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}, "yarn needs original_max"),
