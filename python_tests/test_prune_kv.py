@@ -299,7 +299,7 @@ def test_a_moved_key_is_the_key_of_its_new_position(name: str) -> None:
     )
     embedding = modeling.PhiRotaryEmbedding(config)
     assert (embedding.attention_scaling != 1) == ("magnitude" in name)
-    rope = Rope.from_parameters(parameters, 64)
+    rope = Rope.from_parameters(config.rope_parameters, 64)
     raw = torch.randn(1, 1, 40, 64, generator=torch.Generator().manual_seed(0))
 
     def rotated(positions: Tensor) -> Tensor:

@@ -142,52 +142,60 @@ def backward(
     shape = _shape(head_dim, configs.head_chunks(head_dim))
     inputs = (query, key, value, grad_out)
     strides = [stride for x in inputs for stride in x.stride()[:3]]
-    config = _config("preprocess", query)
-    kernels._bwd_preprocess_kernel[batch * heads, n * (TILE // config.block_m)](
-        out,
-        grad_out,
-        lse,
-        grad_lse,
-        lse2,
-        delta,
-        *grad_out.stride()[:3],
-        heads,
-        tokens,
-        HAS_GRAD_LSE=grad_lse is not None,
-        **shape,
-        BLOCK_M=config.block_m,
-        **_options(config),
-    )
-    config = _config("dkdv", query)
-    chunks, accumulated = configs.dkdv_chunks(head_dim)
-    for chunk in accumulated:
-        kernels._bwd_dkdv_kernel[batch * kv_heads, 2 * n * (TILE // config.block_n)](
-            *inputs,
+
+    def preprocess() -> None:
+        """The LSE to base 2, and delta, for both passes."""
+        config = _config("preprocess", query)
+        kernels._bwd_preprocess_kernel[batch * heads, n * (TILE // config.block_m)](
+            out,
+            grad_out,
+            lse,
+            grad_lse,
             lse2,
             delta,
-            grad_key,
-            grad_value,
-            *work,
-            expiry,
-            floor,
-            col_offsets,
-            col_partial,
-            col_tiles,
-            *items,
-            *strides,
+            *grad_out.stride()[:3],
             heads,
             tokens,
-            plan_step,
-            pre,
-            post,
-            scale,
-            **flags,
-            **_shape(head_dim, chunks),
-            CHUNK=chunk,
-            **_blocks(config),
+            HAS_GRAD_LSE=grad_lse is not None,
+            **shape,
+            BLOCK_M=config.block_m,
             **_options(config),
         )
-    if slots:
+
+    def keys_and_values() -> None:
+        """dK and dV, or the pieces of those whose column is split."""
+        config = _config("dkdv", query)
+        chunks, accumulated = configs.dkdv_chunks(head_dim)
+        for chunk in accumulated:
+            kernels._bwd_dkdv_kernel[batch * kv_heads, 2 * n * (TILE // config.block_n)](
+                *inputs,
+                lse2,
+                delta,
+                grad_key,
+                grad_value,
+                *work,
+                expiry,
+                floor,
+                col_offsets,
+                col_partial,
+                col_tiles,
+                *items,
+                *strides,
+                heads,
+                tokens,
+                plan_step,
+                pre,
+                post,
+                scale,
+                **flags,
+                **_shape(head_dim, chunks),
+                CHUNK=chunk,
+                **_blocks(config),
+                **_options(config),
+            )
+
+    def split_columns() -> None:
+        """The sums of the pieces, in a fixed order."""
         config = _config("sum", query)
         kernels._bwd_sum_kernel[batch * kv_heads, n * (TILE // config.block_n)](
             *work,
@@ -202,25 +210,34 @@ def backward(
             BLOCK_N=config.block_n,
             **_options(config),
         )
-    config = _config("dq", query)
-    kernels._bwd_dq_kernel[batch * heads, n * (TILE // config.block_m)](
-        *inputs,
-        lse2,
-        delta,
-        grad_query,
-        expiry,
-        floor,
-        *rows,
-        *strides,
-        heads,
-        tokens,
-        plan_step,
-        pre,
-        post,
-        scale,
-        **flags,
-        **shape,
-        **_blocks(config),
-        **_options(config),
-    )
+
+    def queries() -> None:
+        """dQ."""
+        config = _config("dq", query)
+        kernels._bwd_dq_kernel[batch * heads, n * (TILE // config.block_m)](
+            *inputs,
+            lse2,
+            delta,
+            grad_query,
+            expiry,
+            floor,
+            *rows,
+            *strides,
+            heads,
+            tokens,
+            plan_step,
+            pre,
+            post,
+            scale,
+            **flags,
+            **shape,
+            **_blocks(config),
+            **_options(config),
+        )
+
+    preprocess()
+    keys_and_values()
+    if slots:
+        split_columns()
+    queries()
     return grad_query, grad_key, grad_value
