@@ -62,6 +62,10 @@ void check_range(const std::vector<int64_t>& rows, const char* name, int64_t row
 
 const cpu::CachedAttentionKernels& kernels(cpu::ElementType type) {
   switch (cpu::simd_level()) {
+#ifdef MEM1_SIMD_AMX
+    case cpu::SimdLevel::kAmx:
+      return cpu::cached_attention_avx512;
+#endif
 #ifdef MEM1_SIMD_AVX512BF16
     case cpu::SimdLevel::kAvx512Bf16:
       if (type == cpu::ElementType::kBFloat16) return cpu::cached_attention_avx512bf16;
