@@ -43,6 +43,8 @@ class TileRegisters {
       config.row_bytes[i] = 64;
       config.rows[i] = 16;
     }
+    // The intrinsic says that it reads the first eight bytes only.
+    __asm__ volatile("" ::"r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~TileRegisters() { _tile_release(); }
@@ -108,27 +110,42 @@ inline void multiply_block(float* c, int64_t c_stride, bool add, const Operand& 
   _tile_stored(3, lower + 16, row_bytes);
 }
 
-// 16 tokens' words of two elements each, from dimension `from` on; behind head_dim they are 0.
-struct alignas(64) WordBlock {
-  float words[16][16];
-
-  template <typename Tokens>
-  WordBlock(const Tokens& tokens, int row, int from, int head_dim) {
-    const int bytes = (head_dim - from < kBlock ? head_dim - from : kBlock) * 2;
-    for (int i = 0; i < 16; ++i) {
-      if (bytes < 64) memset(words[i], 0, 64);
-      memcpy(words[i], tokens[row + i] + from, bytes);
+// x[i][j] becomes x[j][i].
+__attribute__((always_inline)) inline void transpose_block(Vec (&x)[16]) {
+  Vec next[16];
+  // Each pass moves one bit of a row's number into its columns' numbers.
+#pragma GCC unroll 4
+  for (int pass = 0; pass < 4; ++pass) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      next[2 * i] = interleave(x[i], x[i + 8], false);
+      next[2 * i + 1] = interleave(x[i], x[i + 8], true);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = next[i];
   }
-};
+}
+
+// 16 tokens' words of two elements each, from dimension `from` on; behind head_dim they are 0.
+template <typename Tokens>
+__attribute__((always_inline)) inline void load_words(const Tokens& tokens, int row, int from,
+                                                      int head_dim, Vec (&words)[16]) {
+  const int count = head_dim - from;
+  const __mmask32 there = count < kBlock ? (1u << count) - 1 : ~0u;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    words[i] = (Vec)_mm512_maskz_loadu_epi16(there, tokens[row + i] + from);
+  }
+}
 
 // Left registers [token / 16, chunk of head_dim]: a token's elements are a row.
 template <typename Tokens>
 void pack_left(const Tokens& tokens, int head_dim, char* to) {
   for (int row = 0; row < kTile; row += 16) {
     for (int d = 0; d < head_dim; d += kBlock, to += kRegisterBytes) {
-      const WordBlock block(tokens, row, d, head_dim);
-      memcpy(to, block.words, sizeof(block.words));
+      Vec words[16];
+      load_words(tokens, row, d, head_dim, words);
+      for (int i = 0; i < 16; ++i) _mm512_store_ps(to + i * 64, words[i]);
     }
   }
 }
@@ -138,20 +155,16 @@ template <typename Tokens>
 void pack_left_transposed(const Tokens& tokens, int head_dim, char* to) {
   for (int row = 0; row < kTile; row += kBlock) {
     for (int d = 0; d < head_dim; d += kBlock) {
-      alignas(64) float turned[2][16][16];  // [tokens / 16, pair of dimensions, token]
+      char* const first = to + (d / 16 * kBlocks + row / kBlock) * kRegisterBytes;
       for (int half = 0; half < 2; ++half) {
-        const WordBlock block(tokens, row + half * 16, d, head_dim);
-        transpose(16, 16, block.words[0], 16, turned[half][0], 16);
-      }
-      for (int pair = 0; pair < 16; ++pair) {
-        const int dim = d + 2 * pair;
-        char* const row_even = to + (dim / 16 * kBlocks + row / kBlock) * kRegisterBytes +
-                               dim % 16 * 64;
-        for (int half = 0; half < 2; ++half) {
-          const __m512i both = _mm512_load_si512(turned[half][pair]);
-          _mm256_store_si256(reinterpret_cast<__m256i*>(row_even + half * 32),
-                             _mm512_cvtepi32_epi16(both));
-          _mm256_store_si256(reinterpret_cast<__m256i*>(row_even + 64 + half * 32),
+        Vec words[16];
+        load_words(tokens, row + half * 16, d, head_dim, words);
+        transpose_block(words);  // [pair of dimensions, token]
+        for (int pair = 0; pair < 16; ++pair) {
+          const __m512i both = (__m512i)words[pair];
+          char* const even = first + pair / 8 * kBlocks * kRegisterBytes + pair % 8 * 128 + half * 32;
+          _mm256_store_si256(reinterpret_cast<__m256i*>(even), _mm512_cvtepi32_epi16(both));
+          _mm256_store_si256(reinterpret_cast<__m256i*>(even + 64),
                              _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
         }
       }
@@ -162,17 +175,15 @@ void pack_left_transposed(const Tokens& tokens, int head_dim, char* to) {
 // Right registers [block of tokens, chunk of head_dim, 2]: a token is a lane, depth is along
 // head_dim. `flip` is xored to every word.
 template <typename Tokens>
-void pack_right(const Tokens& tokens, int head_dim, uint32_t flip, char* to) {
-  const __m512i flips = _mm512_set1_epi32(static_cast<int>(flip));
-  for (int row = 0; row < kTile; row += kBlock) {
+void pack_right(const Tokens& tokens, int rows, int head_dim, uint32_t flip, char* to) {
+  const IntVec flips = static_cast<int>(flip) - IntVec{};
+  for (int row = 0; row < rows; row += kBlock) {
     for (int d = 0; d < head_dim; d += kBlock) {
       for (int half = 0; half < 2; ++half, to += kRegisterBytes) {
-        const WordBlock block(tokens, row + half * 16, d, head_dim);
-        float* const words = reinterpret_cast<float*>(to);
-        transpose(16, 16, block.words[0], 16, words, 16);
-        for (int i = 0; flip != 0 && i < 256; i += 16) {
-          _mm512_store_si512(words + i, _mm512_xor_si512(_mm512_load_si512(words + i), flips));
-        }
+        Vec words[16];
+        load_words(tokens, row + half * 16, d, head_dim, words);
+        transpose_block(words);
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, (__m512i)((IntVec)words[i] ^ flips));
       }
     }
   }
@@ -190,15 +201,17 @@ void pack_right_tokens(const Tokens& tokens, int head_dim, char* to) {
   const int chunks = head_chunks(head_dim);
   for (int row = 0; row < kTile; row += kBlock) {
     for (int chunk = 0; chunk < chunks; ++chunk, to += kPairBytes) {
-      const WordBlock blocks[2] = {{tokens, row, chunk * kBlock, head_dim},
-                                   {tokens, row + 16, chunk * kBlock, head_dim}};
-      for (int pair = 0; pair < 16; ++pair) {
-        const float* const even = blocks[pair / 8].words[pair % 8 * 2];
-        for (int half = 0; half < 2; ++half) {
-          const __m256i* const source = reinterpret_cast<const __m256i*>(even + half * 8);
-          _mm512_store_si512(to + half * kRegisterBytes + pair * 64,
-                             interleave_rows(_mm256_load_si256(source),
-                                             _mm256_load_si256(source + 2)));
+      for (int half = 0; half < 2; ++half) {
+        Vec words[16];
+        load_words(tokens, row + half * 16, chunk * kBlock, head_dim, words);
+        for (int pair = 0; pair < 8; ++pair) {
+          const __m512i even = (__m512i)words[2 * pair], odd = (__m512i)words[2 * pair + 1];
+          char* const lanes = to + (half * 8 + pair) * 64;
+          _mm512_store_si512(lanes, interleave_rows(_mm512_castsi512_si256(even),
+                                                    _mm512_castsi512_si256(odd)));
+          _mm512_store_si512(lanes + kRegisterBytes,
+                             interleave_rows(_mm512_extracti64x4_epi64(even, 1),
+                                             _mm512_extracti64x4_epi64(odd, 1)));
         }
       }
     }
@@ -211,44 +224,37 @@ struct Meeting {
   bool masked[kBlocks];
 };
 
-// For each block of queries; an empty one meets no key.
-void meet(const Mask& mask, bool partial, Meeting* meetings) {
-  const int query_blocks = (mask.queries + kBlock - 1) / kBlock;
-  for (int q = 0; q < kBlocks; ++q) meetings[q].keys.count = 0;
-  int floor_least[kBlocks], floor_most[kBlocks];
-  for (int q = 0; partial && q < query_blocks; ++q) {
-    floor_least[q] = INT32_MAX;
-    floor_most[q] = 0;
-    for (int i = q * kBlock; i < (q + 1) * kBlock && i < mask.queries; ++i) {
-      floor_least[q] = mask.floor[i] < floor_least[q] ? mask.floor[i] : floor_least[q];
-      floor_most[q] = mask.floor[i] > floor_most[q] ? mask.floor[i] : floor_most[q];
-    }
-  }
+Meeting meet_all() {
+  Meeting meeting;
   for (int k = 0; k < kBlocks; ++k) {
-    int least_begin = kTile, most_begin = 0, least_end = kTile, most_end = 0;
-    for (int i = k * kBlock; partial && i < (k + 1) * kBlock; ++i) {
-      const int begin = mask.begin(i), end = mask.end(i) > begin ? mask.end(i) : begin;
-      most_begin = begin > most_begin ? begin : most_begin;
-      least_end = end < least_end ? end : least_end;
-      if (begin >= end) continue;
-      least_begin = begin < least_begin ? begin : least_begin;
-      most_end = end > most_end ? end : most_end;
-    }
-    const int first_key = mask.first_key + k * kBlock;
-    for (int q = 0; q < query_blocks; ++q) {
-      const int begin = q * kBlock;
-      const int end = begin + kBlock < mask.queries ? begin + kBlock : mask.queries;
-      bool masked = false;
-      if (partial) {
-        if (least_begin >= end || most_end <= begin || floor_least[q] >= first_key + kBlock)
-          continue;
-        masked = most_begin > begin || least_end < end || floor_most[q] > first_key;
-      }
-      Meeting& meeting = meetings[q];
-      meeting.masked[meeting.keys.count] = masked;
-      meeting.keys.add(k);
-    }
+    meeting.masked[k] = false;
+    meeting.keys.add(k);
   }
+  return meeting;
+}
+
+Meeting meet(const Mask& mask, int query_block) {
+  const int begin = query_block * kBlock;
+  const int end = begin + kBlock < mask.queries ? begin + kBlock : mask.queries;
+  int least_floor = INT32_MAX, most_floor = 0;
+  for (int q = begin; q < end; ++q) {
+    least_floor = mask.floor[q] < least_floor ? mask.floor[q] : least_floor;
+    most_floor = mask.floor[q] > most_floor ? mask.floor[q] : most_floor;
+  }
+  Meeting meeting;
+  for (int k = 0; k < kBlocks; ++k) {
+    const int first_key = mask.first_key + k * kBlock;
+    if (least_floor >= first_key + kBlock) continue;
+    bool any = false, all = most_floor <= first_key;
+    for (int i = k * kBlock; i < (k + 1) * kBlock; ++i) {
+      any |= mask.begin(i) < end && mask.end(i) > begin && mask.end(i) > mask.begin(i);
+      all &= mask.begin(i) <= begin && mask.end(i) >= end;
+    }
+    if (!any) continue;
+    meeting.masked[meeting.keys.count] = !all;
+    meeting.keys.add(k);
+  }
+  return meeting;
 }
 
 // 2^x within 2e-6, relative, for x <= 127; anything below -126 gives 2^-126. A NaN stays one.
@@ -334,9 +340,10 @@ void find_top(const Exponent& exponent, const BlockMask& mask, float* scores, Ve
   for (int v = 0; v < 2; ++v) top[v] = _mm512_max_ps(tops[0][v], tops[1][v]);
 }
 
-// Scores of a key block to P, as right registers; adds to `sum`.
+// Scores of a key block to P, as right registers; adds to `total`.
 template <bool kMasked>
-void exponentiate(float c, const Vec* base, const float* scores, char* probabilities, Vec* sum) {
+void exponentiate(float c, const Vec* base, const float* scores, char* probabilities, Vec* total) {
+  Vec sum[2] = {total[0], total[1]};
   for (int key = 0; key < kBlock; key += 2) {
     const Vec* const rows[2] = {block_vecs(scores + key * kBlock),
                                 block_vecs(scores + (key + 1) * kBlock)};
@@ -351,6 +358,7 @@ void exponentiate(float c, const Vec* base, const float* scores, char* probabili
       _mm512_store_si512(probabilities + v * kRegisterBytes + key / 2 * 64, pair_rows(p[0], p[1]));
     }
   }
+  for (int v = 0; v < 2; ++v) total[v] = sum[v];
 }
 
 // rows[., 32] *= factor, per lane.
@@ -374,12 +382,22 @@ struct ByteScratch {
   float* floats(int64_t count) { return reinterpret_cast<float*>(take(count * 4)); }
 };
 
-// The transposed result of a query block to rows of `to`; `staging` has room for it.
-void store_block(const float* from, int head_dim, float scale, float* staging, const Rows& to,
-                 int64_t first, int rows) {
-  const int padded = static_cast<int>(amx_head(head_dim));
-  transpose(padded, kBlock, from, kBlock, staging, padded);
-  store_tokens<BFloat16>(staging, padded, rows, head_dim, scale, to, first);
+// The first `rows` lanes of from[head_dim, 32], times their factor, to the tokens from `first` on.
+void store_block(const float* from, int head_dim, const Vec* factor, const Rows& to, int64_t first,
+                 int rows) {
+  for (int d = 0; d < head_dim; d += 16) {
+    const __mmask16 there = head_dim - d < 16 ? (1u << (head_dim - d)) - 1 : 0xffff;
+    for (int v = 0; v < 2; ++v) {
+      Vec block[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) block[i] = block_vecs(from + (d + i) * kBlock)[v] * factor[v];
+      transpose_block(block);
+      uint16_t* out = reinterpret_cast<uint16_t*>(to.data) + (first + v * 16) * to.stride + d;
+      for (int i = 0; i < 16 && v * 16 + i < rows; ++i, out += to.stride) {
+        _mm256_mask_storeu_epi16(out, there, (__m256i)_mm512_cvtneps_pbh(block[i]));
+      }
+    }
+  }
 }
 
 int64_t packed_bytes(int head_dim, bool backward) {
@@ -418,109 +436,181 @@ inline Operand right_tokens(const char* packed, int block, int chunks) {
   return {packed + block * chunks * kPairBytes, kPairBytes, kRegisterBytes};
 }
 
-void forward_tile(const ForwardTile& tile, float* scratch) {
+// Key blocks that a query block meets at a time in the forward pass: what fits the first cache.
+constexpr int kStepBlocks = 2;
+
+struct Step {
+  int count;
+  int blocks[kStepBlocks];  // of keys
+  bool masked[kStepBlocks];
+  const char *key, *value;  // of the key tile, packed
+  float* scores;
+  char* probabilities;
+  Vec base[2], rescale[2];
+  bool rescaled;
+
+  float* block_scores(int i) const { return scores + i * kBlock * kBlock; }
+};
+
+// The steps of one query block.
+class Steps {
+ public:
+  Steps(const ForwardTile& tile, int query_block, Mask* mask)
+      : tile_(tile), query_block_(query_block), mask_(mask) {}
+
+  // False behind the last one. The mask is that of the step.
+  bool next(Step* step) {
+    const TileList& list = tile_.list;
+    while (from_ == meeting_.keys.count) {
+      if (++entry_ == list.count) return false;
+      from_ = 0;
+      if (entry_ < list.partial) {
+        mask_->move_to(list, list.tiles[entry_], tile_.problem.tokens);
+        meeting_ = meet(*mask_, query_block_);
+      } else {
+        meeting_ = meet_all();
+      }
+    }
+    const int head_dim = tile_.problem.head_dim;
+    step->key = tile_.packed + list.tiles[entry_] * packed_bytes(head_dim, false);
+    step->value = step->key + tile_bytes(head_dim);
+    step->count = 0;
+    for (; from_ < meeting_.keys.count && step->count < kStepBlocks; ++from_, ++step->count) {
+      step->blocks[step->count] = meeting_.keys.index[from_];
+      step->masked[step->count] = meeting_.masked[from_];
+    }
+    return true;
+  }
+
+ private:
+  const ForwardTile& tile_;
+  const int query_block_;
+  Mask* const mask_;
+  int entry_ = -1, from_ = 0;
+  Meeting meeting_;
+};
+
+// P = 2^(c score - base), and a base up to this far below the maximum serves as well as the maximum.
+constexpr float kBaseSlack = 8;
+
+// Masks a step's scores, and moves the base of the lanes where they exceed it; a base is -infinity
+// before the first key.
+void find_base(const Exponent& exponent, bool softcap, const Mask& mask, int query_block,
+               const Vec* base, Step* step) {
+  Vec top[2] = {splat(-INFINITY), splat(-INFINITY)};
+  for (int i = 0; i < step->count; ++i) {
+    const BlockMask seen(mask, query_block, step->blocks[i]);
+    float* const scores = step->block_scores(i);
+    if (step->masked[i]) {
+      softcap ? find_top<true, true>(exponent, seen, scores, top)
+              : find_top<true, false>(exponent, seen, scores, top);
+    } else {
+      softcap ? find_top<false, true>(exponent, seen, scores, top)
+              : find_top<false, false>(exponent, seen, scores, top);
+    }
+  }
+  step->rescaled = false;
+  for (int v = 0; v < 2; ++v) {
+    const Vec own = top[v] == -INFINITY ? top[v] : top[v] * exponent.c;
+    const __mmask16 move = _mm512_cmp_ps_mask(own, base[v] + kBaseSlack, _CMP_GT_OQ);
+    step->base[v] = _mm512_mask_mov_ps(base[v], move, own);
+    step->rescale[v] = base[v] == -INFINITY ? Vec{} : exp2(base[v] - step->base[v]);
+    step->rescaled |= move != 0;
+  }
+}
+
+// One query block of a tile. Three steps are under way at a time: the products q.k of the next one
+// and P V of the previous one are issued between the exponentials of the current one, so that the
+// CPU runs them side by side.
+void forward_block(const ForwardTile& tile, int query_block, Mask* mask, float* scratch) {
   const Problem& problem = tile.problem;
-  const TileList& list = tile.list;
   const int head_dim = problem.head_dim, chunks = head_chunks(head_dim);
-  const int64_t out_floats = amx_head(head_dim) * kBlock;
+  const int padded = static_cast<int>(amx_head(head_dim));
+  const int64_t first_query = tile.tile * kTile + query_block * kBlock;
+  const int queries = mask->queries - query_block * kBlock;
 
   ByteScratch memory(scratch);
-  char* const query = memory.take(tile_bytes(head_dim));
-  float* const out = memory.floats(kBlocks * out_floats);
-  float* const scores = memory.floats(kTile * kBlock);
-  float* const staging = scores;  // up to 32 KiB: scores, probabilities and what follows
-  char* const probabilities = memory.take(kBlocks * kPairBytes);
-  memory.take(kBlocks * kPairBytes);
-  alignas(64) float row_max[kTile], row_sum[kTile] = {};
-  for (int q = 0; q < kTile; ++q) row_max[q] = -INFINITY;
-  bool fresh[kBlocks] = {true, true, true, true};
-
-  const int64_t first_query = tile.tile * kTile;
-  pack_right(TokenRows<BFloat16>(tile.query, first_query, problem.tokens, nullptr), head_dim,
-             query_flip(problem.scale), query);
-  const TileRegisters registers;
+  char* const query = memory.take(kBlock * padded * 2);
+  float* const out = memory.floats(padded * kBlock);
+  float* const scores[2] = {memory.floats(kStepBlocks * kBlock * kBlock),
+                            memory.floats(kStepBlocks * kBlock * kBlock)};
+  char* const probabilities[2] = {memory.take(kStepBlocks * kPairBytes),
+                                  memory.take(kStepBlocks * kPairBytes)};
+  pack_right(TokenRows<BFloat16>(tile.query, first_query, problem.tokens, nullptr), kBlock,
+             head_dim, query_flip(problem.scale), query);
   const Exponent exponent(problem.scale, problem.softcap);
-  const bool softcap = problem.softcap != 0;
-  const Chunks head = Chunks::first(chunks), in_order = Chunks::first(kBlocks);
-  Mask mask(list, tile.tile, problem.tokens);
-  Meeting meetings[kBlocks];
-  for (int entry = 0; entry < list.count; ++entry) {
-    const bool partial = entry < list.partial;
-    const int64_t key_tile = list.tiles[entry];
-    const char* const key = tile.packed + key_tile * packed_bytes(head_dim, false);
-    const char* const value = key + tile_bytes(head_dim);
-    if (partial) mask.move_to(list, key_tile, problem.tokens);
-    if (partial || entry == list.partial) meet(mask, partial, meetings);
-    for (int q = 0; q < kBlocks; ++q) {
-      const Meeting& meeting = meetings[q];
-      const int count = meeting.keys.count;
-      if (count == 0) continue;
-      for (int i = 0; i < count; ++i) {
-        multiply_block(scores + i * kBlock * kBlock, kBlock, false,
-                       left_tokens(key, meeting.keys.index[i], chunks), head,
-                       right_tokens(query, q, chunks), head);
-      }
+  const Chunks head = Chunks::first(chunks), in_order = Chunks::first(kStepBlocks);
+  Vec base[2] = {splat(-INFINITY), splat(-INFINITY)}, sum[2] = {};
+  bool fresh = true;
 
-      Vec* const max = block_vecs(row_max + q * kBlock);
-      Vec* const sum = block_vecs(row_sum + q * kBlock);
-      Vec top[2] = {max[0], max[1]};
-      for (int i = 0; i < count; ++i) {
-        const BlockMask seen(mask, q, meeting.keys.index[i]);
-        float* const block = scores + i * kBlock * kBlock;
-        if (meeting.masked[i]) {
-          softcap ? find_top<true, true>(exponent, seen, block, top)
-                  : find_top<true, false>(exponent, seen, block, top);
-        } else {
-          softcap ? find_top<false, true>(exponent, seen, block, top)
-                  : find_top<false, false>(exponent, seen, block, top);
-        }
-      }
-      Vec base[2], rescale[2], added[2] = {};
-      bool same = true;
-      for (int v = 0; v < 2; ++v) {
-        base[v] = top[v] == -INFINITY ? Vec{} : top[v] * exponent.c;
-        rescale[v] = max[v] == -INFINITY ? Vec{} : exp2(max[v] * exponent.c - base[v]);
-        same &= _mm512_cmpneq_ps_mask(max[v], top[v]) == 0;
-        max[v] = top[v];
-      }
-      for (int i = 0; i < count; ++i) {
-        const float* const block = scores + i * kBlock * kBlock;
-        const auto step = meeting.masked[i] ? exponentiate<true> : exponentiate<false>;
-        step(exponent.c, base, block, probabilities + i * kPairBytes, added);
-      }
-      float* const block_out = out + q * out_floats;
-      if (same) {
-        for (int v = 0; v < 2; ++v) sum[v] += added[v];
-      } else {
-        for (int v = 0; v < 2; ++v) sum[v] = sum[v] * rescale[v] + added[v];
-        if (!fresh[q]) scale_lanes(block_out, static_cast<int>(amx_head(head_dim)), rescale);
-      }
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        multiply_block(block_out + chunk * kBlock * kBlock, kBlock, !fresh[q],
-                       left_dims(value, chunk), meeting.keys,
-                       {probabilities, kPairBytes, kRegisterBytes}, in_order);
-      }
-      fresh[q] = false;
+  const auto multiply_keys = [&](const Step& step, int i) {
+    multiply_block(step.block_scores(i), kBlock, false,
+                   left_tokens(step.key, step.blocks[i], chunks), head,
+                   right_tokens(query, 0, chunks), head);
+  };
+  const auto multiply_values = [&](const Step& step, int chunk) {
+    Chunks keys;
+    for (int i = 0; i < step.count; ++i) keys.add(step.blocks[i]);
+    multiply_block(out + chunk * kBlock * kBlock, kBlock, !fresh, left_dims(step.value, chunk),
+                   keys, {step.probabilities, kPairBytes, kRegisterBytes}, in_order);
+  };
+
+  Step steps[3];
+  Steps all(tile, query_block, mask);
+  int number = 0;
+  const auto take = [&]() -> Step* {
+    Step* const step = &steps[number % 3];
+    step->scores = scores[number % 2];
+    step->probabilities = probabilities[number % 2];
+    ++number;
+    return all.next(step) ? step : nullptr;
+  };
+  Step *previous = nullptr, *current = take();
+  for (int i = 0; current != nullptr && i < current->count; ++i) multiply_keys(*current, i);
+  while (current != nullptr || previous != nullptr) {
+    Step* next = nullptr;
+    Vec added[2] = {};
+    if (current != nullptr) {
+      find_base(exponent, problem.softcap != 0, *mask, query_block, base, current);
+      for (int v = 0; v < 2; ++v) base[v] = current->base[v];
+      next = take();
     }
+    const int to_score = next == nullptr ? 0 : next->count;
+    const int to_exponentiate = current == nullptr ? 0 : current->count;
+    const int to_add = previous == nullptr ? 0 : chunks;
+    if (previous != nullptr && previous->rescaled && !fresh)
+      scale_lanes(out, padded, previous->rescale);
+    for (int i = 0; i < to_score || i < to_exponentiate || i < to_add; ++i) {
+      if (i < to_add) multiply_values(*previous, i);
+      if (i < to_score) multiply_keys(*next, i);
+      if (i < to_exponentiate) {
+        const auto step = current->masked[i] ? exponentiate<true> : exponentiate<false>;
+        step(exponent.c, base, current->block_scores(i), current->probabilities + i * kPairBytes,
+             added);
+      }
+    }
+    if (previous != nullptr) fresh = false;
+    for (int v = 0; current != nullptr && v < 2; ++v)
+      sum[v] = sum[v] * current->rescale[v] + added[v];
+    previous = current;
+    current = next;
   }
 
-  for (int q = 0; q * kBlock < mask.queries; ++q) {
-    float* const block_out = out + q * out_floats;
-    if (fresh[q]) memset(block_out, 0, out_floats * sizeof(float));
-    Vec normalizer[2];
-    for (int v = 0; v < 2; ++v) {
-      const Vec sum = block_vecs(row_sum + q * kBlock)[v];
-      normalizer[v] = sum == 0.f ? Vec{} : 1.f / sum;
-    }
-    scale_lanes(block_out, static_cast<int>(amx_head(head_dim)), normalizer);
-    const int first = q * kBlock;
-    const int rows = mask.queries - first < kBlock ? mask.queries - first : kBlock;
-    store_block(block_out, head_dim, 1.f, staging, tile.out, first_query + first, rows);
+  if (fresh) memset(out, 0, padded * kBlock * sizeof(float));
+  Vec normalizer[2];
+  for (int v = 0; v < 2; ++v) normalizer[v] = sum[v] == 0.f ? Vec{} : 1.f / sum[v];
+  store_block(out, head_dim, normalizer, tile.out, first_query, queries);
+  for (int q = 0; q < kBlock && q < queries; ++q) {
+    const float total = sum[q / kLanes][q % kLanes];
+    tile.lse[first_query + q] =
+        total == 0 ? -INFINITY : base[q / kLanes][q % kLanes] * kLn2 + logf(total);
   }
-  for (int q = 0; q < mask.queries; ++q) {
-    const float base = row_max[q] * exponent.c;
-    tile.lse[first_query + q] = row_sum[q] == 0 ? -INFINITY : base * kLn2 + logf(row_sum[q]);
-  }
+}
+
+void forward_tile(const ForwardTile& tile, float* scratch) {
+  const TileRegisters registers;
+  Mask mask(tile.list, tile.tile, tile.problem.tokens);
+  for (int q = 0; q * kBlock < mask.queries; ++q) forward_block(tile, q, &mask, scratch);
 }
 
 // Dot products q.k (`scores`) and dO.v (`grads`) of a key block to P^T (left), dS^T (left) and dS^T
@@ -580,7 +670,6 @@ void backward_tile(const BackwardTile& tile, float* scratch) {
   char* const ds_right = memory.take(kBlocks * kPairBytes);
   float* const scores = memory.floats(kTile * kBlock);
   float* const grads = memory.floats(kTile * kBlock);
-  float* const staging = scores;  // and grads
   alignas(64) float lse[kTile], delta[kTile];
 
   const int64_t first_query = tile.tile * kTile;
@@ -593,8 +682,8 @@ void backward_tile(const BackwardTile& tile, float* scratch) {
   const TokenRows<BFloat16> query_rows(tile.query, first_query, problem.tokens, seeing);
   const TokenRows<BFloat16> out_rows(tile.out, first_query, problem.tokens, seeing);
   const TokenRows<BFloat16> grad_out_rows(tile.grad_out, first_query, problem.tokens, seeing);
-  pack_right(query_rows, head_dim, query_flip(problem.scale), query_t);
-  pack_right(grad_out_rows, head_dim, 0, grad_out_t);
+  pack_right(query_rows, kTile, head_dim, query_flip(problem.scale), query_t);
+  pack_right(grad_out_rows, kTile, head_dim, 0, grad_out_t);
   pack_right_tokens(query_rows, head_dim, query);
   pack_right_tokens(grad_out_rows, head_dim, grad_out);
 
@@ -626,11 +715,9 @@ void backward_tile(const BackwardTile& tile, float* scratch) {
     const char* const value = key + tile_bytes(head_dim);
     const char* const key_t = value + tile_bytes(head_dim);
     mask.move_to(list, key_tile, problem.tokens);
-    Meeting meetings[kBlocks];
-    meet(mask, partial, meetings);
     Chunks queries[kBlocks];  // that meet each key block
-    for (int q = 0; q < kBlocks; ++q) {
-      const Meeting& meeting = meetings[q];
+    for (int q = 0; q * kBlock < mask.queries; ++q) {
+      const Meeting meeting = partial ? meet(mask, q) : meet_all();
       const int count = meeting.keys.count;
       if (count == 0) continue;
       const Vec* const block_lse = block_vecs(lse + q * kBlock);
@@ -688,8 +775,8 @@ void backward_tile(const BackwardTile& tile, float* scratch) {
     if (fresh[q]) memset(block, 0, grad_floats * sizeof(float));
     const int first = q * kBlock;
     const int rows = mask.queries - first < kBlock ? mask.queries - first : kBlock;
-    store_block(block, head_dim, problem.scale, staging, tile.grad_query, first_query + first,
-                rows);
+    const Vec scale[2] = {splat(problem.scale), splat(problem.scale)};
+    store_block(block, head_dim, scale, tile.grad_query, first_query + first, rows);
   }
 }
 
