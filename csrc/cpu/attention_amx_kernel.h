@@ -10,46 +10,18 @@
 //   backward:  S^T = K Q^T,   dP^T = V dO^T,   dQ^T += K^T dS^T,   dV += P^T dO,   dK += dS^T Q
 //
 // K, V^T (forward) and K, V, K^T (backward) are packed once for all query tiles and heads.
-#include <immintrin.h>
-
+#include "cpu/amx_math.h"
 #include "cpu/attention_walk.h"
 
 namespace mem1::cpu {
 namespace {
 
-// Keys or queries of a product at a time: two registers.
-constexpr int kBlock = 32;
 constexpr int kBlocks = kTile / kBlock;
-constexpr int64_t kRegisterBytes = 1024;
 constexpr int64_t kPairBytes = 2 * kRegisterBytes;
 constexpr int kMostChunks = 256 / kBlock;
 
-// Chunks of head_dim: 32 dimensions each, the last one padded with zeros.
-inline int head_chunks(int head_dim) { return static_cast<int>(amx_head(head_dim)) / kBlock; }
-
 // Bytes of kTile tokens in either kind of register.
 inline int64_t tile_bytes(int head_dim) { return kTile * amx_head(head_dim) * 2; }
-
-// While one lives, this thread's tile registers are 16 rows of 64 bytes.
-class TileRegisters {
- public:
-  TileRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = 64;
-      config.rows[i] = 16;
-    }
-    // The intrinsic says that it reads the first eight bytes only.
-    __asm__ volatile("" ::"r"(&config) : "memory");
-    _tile_loadconfig(&config);
-  }
-  ~TileRegisters() { _tile_release(); }
-  TileRegisters(const TileRegisters&) = delete;
-};
 
 // Some of the chunks of a product's depth, by number.
 struct Chunks {
@@ -71,71 +43,92 @@ struct Operand {
   int64_t chunk_step, second_step;
 
   const char* first(int chunk) const { return data + chunk * chunk_step; }
-  const char* second(int chunk) const { return data + chunk * chunk_step + second_step; }
 };
 
-// c[32, 32] = (add ? c : 0) + a[32, depth] * b[depth, 32]: chunk left.index[i] of a meets chunk
-// right.index[i] of b.
-inline void multiply_block(float* c, int64_t c_stride, bool add, const Operand& a,
-                           const Chunks& left, const Operand& b, const Chunks& right) {
-  const int64_t row_bytes = c_stride * 4;
-  float* const lower = c + 16 * c_stride;
-  // The loads below do not say that they read memory.
-  __asm__ volatile("" ::: "memory");
-  if (add) {
-    _tile_loadd(0, c, row_bytes);
-    _tile_loadd(1, c + 16, row_bytes);
-    _tile_loadd(2, lower, row_bytes);
-    _tile_loadd(3, lower + 16, row_bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int i = 0; i < left.count; ++i) {
-    const int l = left.index[i], r = right.index[i];
-    _tile_loadd(4, a.first(l), 64);
-    _tile_loadd(6, b.first(r), 64);
-    _tile_loadd(7, b.second(r), 64);
-    _tile_loadd(5, a.second(l), 64);
+// Up to two chunks of a product  c[32, 32] = (add ? c : 0) + a[32, depth] * b[depth, 32].
+// Consecutive slices of a product keep c in registers.
+struct Slice {
+  float* c;
+  int64_t row_bytes;
+  const char *a[2], *b[2];
+  int64_t a_second, b_second;
+  bool two;                // chunks
+  bool zero, load, store;  // c: start from 0, or from memory; leave it in memory
+};
+
+// A slice in four parts, so that other work may stand between them.
+template <int kPart>
+__attribute__((always_inline)) inline void multiply_part(const Slice& slice) {
+  constexpr int kChunk = kPart / 2;
+  if (kChunk == 1 && !slice.two) {
+    // There is no second chunk.
+  } else if constexpr (kPart % 2 == 0) {
+    if (kPart == 0 && slice.zero) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    if (kPart == 0 && slice.load) {
+      _tile_loadd(0, slice.c, slice.row_bytes);
+      _tile_loadd(1, slice.c + 16, slice.row_bytes);
+      _tile_loadd(2, slice.c + 4 * slice.row_bytes, slice.row_bytes);
+      _tile_loadd(3, slice.c + 4 * slice.row_bytes + 16, slice.row_bytes);
+    }
+    _tile_loadd(4, slice.a[kChunk], 64);
+    _tile_loadd(6, slice.b[kChunk], 64);
+    _tile_loadd(7, slice.b[kChunk] + slice.b_second, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
+  } else {
+    _tile_loadd(5, slice.a[kChunk] + slice.a_second, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c, row_bytes);
-  _tile_stored(1, c + 16, row_bytes);
-  _tile_stored(2, lower, row_bytes);
-  _tile_stored(3, lower + 16, row_bytes);
 }
 
-// x[i][j] becomes x[j][i].
-__attribute__((always_inline)) inline void transpose_block(Vec (&x)[16]) {
-  Vec next[16];
-  // Each pass moves one bit of a row's number into its columns' numbers.
-#pragma GCC unroll 4
-  for (int pass = 0; pass < 4; ++pass) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      next[2 * i] = interleave(x[i], x[i + 8], false);
-      next[2 * i + 1] = interleave(x[i], x[i + 8], true);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) x[i] = next[i];
+inline void store_slice(const Slice& slice) {
+  if (slice.store) {
+    _tile_stored(0, slice.c, slice.row_bytes);
+    _tile_stored(1, slice.c + 16, slice.row_bytes);
+    _tile_stored(2, slice.c + 4 * slice.row_bytes, slice.row_bytes);
+    _tile_stored(3, slice.c + 4 * slice.row_bytes + 16, slice.row_bytes);
   }
 }
 
-// 16 tokens' words of two elements each, from dimension `from` on; behind head_dim they are 0.
-template <typename Tokens>
-__attribute__((always_inline)) inline void load_words(const Tokens& tokens, int row, int from,
-                                                      int head_dim, Vec (&words)[16]) {
-  const int count = head_dim - from;
-  const __mmask32 there = count < kBlock ? (1u << count) - 1 : ~0u;
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    words[i] = (Vec)_mm512_maskz_loadu_epi16(there, tokens[row + i] + from);
+inline void multiply_slice(const Slice& slice) {
+  finish_stores();
+  multiply_part<0>(slice);
+  multiply_part<1>(slice);
+  multiply_part<2>(slice);
+  multiply_part<3>(slice);
+  store_slice(slice);
+}
+
+// Calls use(slice) for the slices of  c[32, 32] = (add ? c : 0) + a[32, depth] * b[depth, 32],
+// where chunk left.index[i] of a meets chunk right.index[i] of b.
+template <typename Use>
+inline void cut_slices(float* c, int64_t c_stride, bool add, const Operand& a, const Chunks& left,
+                       const Operand& b, const Chunks& right, const Use& use) {
+  for (int i = 0; i < left.count; i += 2) {
+    const int second = i + 1 < left.count ? i + 1 : i;
+    use(Slice{c,
+              c_stride * 4,
+              {a.first(left.index[i]), a.first(left.index[second])},
+              {b.first(right.index[i]), b.first(right.index[second])},
+              a.second_step,
+              b.second_step,
+              second != i,
+              i == 0 && !add,
+              i == 0 && add,
+              i + 2 >= left.count});
   }
+}
+
+inline void multiply_block(float* c, int64_t c_stride, bool add, const Operand& a,
+                           const Chunks& left, const Operand& b, const Chunks& right) {
+  cut_slices(c, c_stride, add, a, left, b, right,
+             [](const Slice& slice) { multiply_slice(slice); });
 }
 
 // Left registers [token / 16, chunk of head_dim]: a token's elements are a row.
@@ -162,7 +155,8 @@ void pack_left_transposed(const Tokens& tokens, int head_dim, char* to) {
         transpose_block(words);  // [pair of dimensions, token]
         for (int pair = 0; pair < 16; ++pair) {
           const __m512i both = (__m512i)words[pair];
-          char* const even = first + pair / 8 * kBlocks * kRegisterBytes + pair % 8 * 128 + half * 32;
+          char* const even =
+              first + pair / 8 * kBlocks * kRegisterBytes + pair % 8 * 128 + half * 32;
           _mm256_store_si256(reinterpret_cast<__m256i*>(even), _mm512_cvtepi32_epi16(both));
           _mm256_store_si256(reinterpret_cast<__m256i*>(even + 64),
                              _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
@@ -183,7 +177,8 @@ void pack_right(const Tokens& tokens, int rows, int head_dim, uint32_t flip, cha
         Vec words[16];
         load_words(tokens, row + half * 16, d, head_dim, words);
         transpose_block(words);
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, (__m512i)((IntVec)words[i] ^ flips));
+        for (int i = 0; i < 16; ++i)
+          _mm512_store_si512(to + i * 64, (__m512i)((IntVec)words[i] ^ flips));
       }
     }
   }
@@ -207,8 +202,8 @@ void pack_right_tokens(const Tokens& tokens, int head_dim, char* to) {
         for (int pair = 0; pair < 8; ++pair) {
           const __m512i even = (__m512i)words[2 * pair], odd = (__m512i)words[2 * pair + 1];
           char* const lanes = to + (half * 8 + pair) * 64;
-          _mm512_store_si512(lanes, interleave_rows(_mm512_castsi512_si256(even),
-                                                    _mm512_castsi512_si256(odd)));
+          _mm512_store_si512(
+              lanes, interleave_rows(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
           _mm512_store_si512(lanes + kRegisterBytes,
                              interleave_rows(_mm512_extracti64x4_epi64(even, 1),
                                              _mm512_extracti64x4_epi64(odd, 1)));
@@ -257,46 +252,6 @@ Meeting meet(const Mask& mask, int query_block) {
   return meeting;
 }
 
-// 2^x within 2e-6, relative, for x <= 127; anything below -126 gives 2^-126. A NaN stays one.
-inline Vec exp2(Vec x) {
-  const __m512 table = _mm512_setr_ps(
-      0x1p0f, 0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fep0f, 0x1.3dea64p0f,
-      0x1.4bfdaep0f, 0x1.5ab07ep0f, 0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f,
-      0x1.ae89fap0f, 0x1.c199bep0f, 0x1.d5818ep0f, 0x1.ea4afap0f);
-  const Vec to_sixteenths = splat(0x1.8p19f);
-  const Vec bounded = _mm512_max_ps(splat(-126.f), x);
-  const Vec shifted = bounded + to_sixteenths;
-  const Vec rounded = shifted - to_sixteenths;
-  const Vec r = bounded - rounded;
-  const Vec power = _mm512_permutexvar_ps((__m512i)shifted, table);
-  const Vec minus_one = (0.24022651f * r + kLn2) * r;
-  return _mm512_maskz_scalef_ps(0xffff, power * minus_one + power, rounded);
-}
-
-// How dot products become exponents of 2: those of P are  c * score - ...,  and both are positive
-// factors, since the query changes its sign with the scale.
-struct Exponent {
-  float inner;  // under a softcap: score = outer * tanh(inner * dot)
-  float outer;
-  float c;
-
-  Exponent(float scale, float softcap) {
-    const float positive = scale < 0 ? -scale : scale;
-    inner = softcap == 0 ? 0 : positive / softcap;
-    outer = softcap * kLog2e;
-    c = softcap == 0 ? positive * kLog2e : 1;
-  }
-};
-
-inline uint32_t query_flip(float scale) { return scale < 0 ? 0x80008000u : 0; }
-
-// Two rows of P or dS as words for a right register.
-inline __m512i pair_rows(Vec even, Vec odd) {
-  const __m512i half = _mm512_set1_epi32(0x8000);
-  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)even, half), 16);
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_add_epi32((__m512i)odd, half));
-}
-
 // The two vectors of a query block.
 inline Vec* block_vecs(float* row) { return reinterpret_cast<Vec*>(row); }
 inline const Vec* block_vecs(const float* row) { return reinterpret_cast<const Vec*>(row); }
@@ -340,24 +295,44 @@ void find_top(const Exponent& exponent, const BlockMask& mask, float* scores, Ve
   for (int v = 0; v < 2; ++v) top[v] = _mm512_max_ps(tops[0][v], tops[1][v]);
 }
 
-// Scores of a key block to P, as right registers; adds to `total`.
-template <bool kMasked>
-void exponentiate(float c, const Vec* base, const float* scores, char* probabilities, Vec* total) {
+// Keys of an exponentiate() call.
+constexpr int kStripKeys = 16;
+
+// Scores of kStripKeys keys to P, as right registers; adds to `total`. The parts of kSlices slices
+// stand between the pairs of keys, so that tile and vector units work side by side.
+template <bool kMasked, int kSlices>
+void exponentiate(float c, const Vec* base, const float* scores, char* probabilities, Vec* total,
+                  const Slice* slices) {
   Vec sum[2] = {total[0], total[1]};
-  for (int key = 0; key < kBlock; key += 2) {
-    const Vec* const rows[2] = {block_vecs(scores + key * kBlock),
-                                block_vecs(scores + (key + 1) * kBlock)};
+  if (kSlices != 0) finish_stores();
+#pragma GCC unroll 8
+  for (int pair = 0; pair < kStripKeys / 2; ++pair) {
+    if (kSlices == 1) {
+      if (pair == 0) multiply_part<0>(slices[0]);
+      if (pair == 1) multiply_part<1>(slices[0]);
+      if (pair == 3) multiply_part<2>(slices[0]);
+      if (pair == 4) multiply_part<3>(slices[0]);
+      if (pair == 6) store_slice(slices[0]);
+    }
+    if (kSlices == 2) {
+      if (pair == 4) store_slice(slices[0]);
+      if (pair % 4 == 0) multiply_part<0>(slices[pair / 4]);
+      if (pair % 4 == 1) multiply_part<1>(slices[pair / 4]);
+      if (pair % 4 == 2) multiply_part<2>(slices[pair / 4]);
+      if (pair % 4 == 3) multiply_part<3>(slices[pair / 4]);
+    }
     for (int v = 0; v < 2; ++v) {
       Vec p[2];
       for (int i = 0; i < 2; ++i) {
-        const Vec score = rows[i][v];
+        const Vec score = block_vecs(scores + (2 * pair + i) * kBlock)[v];
         p[i] = exp2(score * c - base[v]);
         if (kMasked) p[i] = score == -INFINITY ? Vec{} : p[i];
       }
       sum[v] += p[0] + p[1];
-      _mm512_store_si512(probabilities + v * kRegisterBytes + key / 2 * 64, pair_rows(p[0], p[1]));
+      _mm512_store_si512(probabilities + v * kRegisterBytes + pair * 64, pair_rows(p[0], p[1]));
     }
   }
+  if (kSlices == 2) store_slice(slices[1]);
   for (int v = 0; v < 2; ++v) total[v] = sum[v];
 }
 
@@ -490,9 +465,6 @@ class Steps {
   Meeting meeting_;
 };
 
-// P = 2^(c score - base), and a base up to this far below the maximum serves as well as the maximum.
-constexpr float kBaseSlack = 8;
-
 // Masks a step's scores, and moves the base of the lanes where they exceed it; a base is -infinity
 // before the first key.
 void find_base(const Exponent& exponent, bool softcap, const Mask& mask, int query_block,
@@ -543,16 +515,23 @@ void forward_block(const ForwardTile& tile, int query_block, Mask* mask, float* 
   Vec base[2] = {splat(-INFINITY), splat(-INFINITY)}, sum[2] = {};
   bool fresh = true;
 
-  const auto multiply_keys = [&](const Step& step, int i) {
-    multiply_block(step.block_scores(i), kBlock, false,
-                   left_tokens(step.key, step.blocks[i], chunks), head,
-                   right_tokens(query, 0, chunks), head);
+  // The products of the next and the previous step that are not begun yet.
+  Slice slices[kStepBlocks * kMostChunks / 2 + kMostChunks * ((kStepBlocks + 1) / 2) + 1];
+  int slice_count = 0;
+  const auto push = [&](const Slice& slice) { slices[slice_count++] = slice; };
+  const auto push_keys = [&](const Step& step) {
+    for (int i = 0; i < step.count; ++i) {
+      cut_slices(step.block_scores(i), kBlock, false, left_tokens(step.key, step.blocks[i], chunks),
+                 head, right_tokens(query, 0, chunks), head, push);
+    }
   };
-  const auto multiply_values = [&](const Step& step, int chunk) {
+  const auto push_values = [&](const Step& step) {
     Chunks keys;
     for (int i = 0; i < step.count; ++i) keys.add(step.blocks[i]);
-    multiply_block(out + chunk * kBlock * kBlock, kBlock, !fresh, left_dims(step.value, chunk),
-                   keys, {step.probabilities, kPairBytes, kRegisterBytes}, in_order);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      cut_slices(out + chunk * kBlock * kBlock, kBlock, !fresh, left_dims(step.value, chunk), keys,
+                 {step.probabilities, kPairBytes, kRegisterBytes}, in_order, push);
+    }
   };
 
   Step steps[3];
@@ -566,32 +545,42 @@ void forward_block(const ForwardTile& tile, int query_block, Mask* mask, float* 
     return all.next(step) ? step : nullptr;
   };
   Step *previous = nullptr, *current = take();
-  for (int i = 0; current != nullptr && i < current->count; ++i) multiply_keys(*current, i);
+  if (current != nullptr) push_keys(*current);
+  for (int i = 0; i < slice_count; ++i) multiply_slice(slices[i]);
   while (current != nullptr || previous != nullptr) {
     Step* next = nullptr;
-    Vec added[2] = {};
     if (current != nullptr) {
       find_base(exponent, problem.softcap != 0, *mask, query_block, base, current);
       for (int v = 0; v < 2; ++v) base[v] = current->base[v];
       next = take();
     }
-    const int to_score = next == nullptr ? 0 : next->count;
-    const int to_exponentiate = current == nullptr ? 0 : current->count;
-    const int to_add = previous == nullptr ? 0 : chunks;
-    if (previous != nullptr && previous->rescaled && !fresh)
-      scale_lanes(out, padded, previous->rescale);
-    for (int i = 0; i < to_score || i < to_exponentiate || i < to_add; ++i) {
-      if (i < to_add) multiply_values(*previous, i);
-      if (i < to_score) multiply_keys(*next, i);
-      if (i < to_exponentiate) {
-        const auto step = current->masked[i] ? exponentiate<true> : exponentiate<false>;
-        step(exponent.c, base, current->block_scores(i), current->probabilities + i * kPairBytes,
-             added);
-      }
+    slice_count = 0;
+    if (previous != nullptr) {
+      if (previous->rescaled && !fresh) scale_lanes(out, padded, previous->rescale);
+      push_values(*previous);
     }
+    if (next != nullptr) push_keys(*next);
+    int done = 0;
+    if (current != nullptr) {
+      Vec added[2] = {};
+      const int strips = current->count * kBlock / kStripKeys;
+      for (int strip = 0; strip < strips; ++strip) {
+        const int i = strip * kStripKeys / kBlock, key = strip * kStripKeys % kBlock;
+        const float* const from = current->block_scores(i) + key * kBlock;
+        char* const to = current->probabilities + i * kPairBytes + key / 2 * 64;
+        const int until = slice_count * (strip + 1) / strips;
+        const int between = until - done < 2 ? until - done : 2;
+        static constexpr decltype(&exponentiate<false, 0>) kExponentiate[2][3] = {
+            {exponentiate<false, 0>, exponentiate<false, 1>, exponentiate<false, 2>},
+            {exponentiate<true, 0>, exponentiate<true, 1>, exponentiate<true, 2>}};
+        const auto step = kExponentiate[current->masked[i]][between];
+        step(exponent.c, base, from, to, added, slices + done);
+        for (done += between; done < until; ++done) multiply_slice(slices[done]);
+      }
+      for (int v = 0; v < 2; ++v) sum[v] = sum[v] * current->rescale[v] + added[v];
+    }
+    for (; done < slice_count; ++done) multiply_slice(slices[done]);
     if (previous != nullptr) fresh = false;
-    for (int v = 0; current != nullptr && v < 2; ++v)
-      sum[v] = sum[v] * current->rescale[v] + added[v];
     previous = current;
     current = next;
   }
@@ -689,8 +678,8 @@ void backward_tile(const BackwardTile& tile, float* scratch) {
 
   const TileRegisters registers;
   const Chunks head = Chunks::first(chunks), in_order = Chunks::first(kBlocks);
-  // delta = rowsum(dO * out) - dLSE by the same products as dO.v, so that the two cancel for a query
-  // that sees one key.
+  // delta = rowsum(dO * out) - dLSE by the same products as dO.v, so that the two cancel for a
+  // query that sees one key.
   char* const out_left = reinterpret_cast<char*>(grad_query);
   pack_left(out_rows, head_dim, out_left);
   for (int q = 0; q < kBlocks; ++q) {
@@ -729,9 +718,10 @@ void backward_tile(const BackwardTile& tile, float* scratch) {
                        right_tokens(query_t, q, chunks), head);
         multiply_block(grads, kBlock, false, left_tokens(value, k, chunks), head,
                        right_tokens(grad_out_t, q, chunks), head);
-        const auto step = meeting.masked[i]
-                              ? (softcap ? differentiate<true, true> : differentiate<true, false>)
-                              : (softcap ? differentiate<false, true> : differentiate<false, false>);
+        const auto step =
+            meeting.masked[i]
+                ? (softcap ? differentiate<true, true> : differentiate<true, false>)
+                : (softcap ? differentiate<false, true> : differentiate<false, false>);
         const int64_t at = (k * 2 * kBlocks + q) * kRegisterBytes;
         step(exponent, BlockMask(mask, q, k), block_lse, block_delta, scores, grads, p_left + at,
              ds_left + at, ds_right + i * kPairBytes);

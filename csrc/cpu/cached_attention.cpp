@@ -64,6 +64,7 @@ const cpu::CachedAttentionKernels& kernels(cpu::ElementType type) {
   switch (cpu::simd_level()) {
 #ifdef MEM1_SIMD_AMX
     case cpu::SimdLevel::kAmx:
+      if (type == cpu::ElementType::kBFloat16) return cpu::cached_attention_amx;
       return cpu::cached_attention_avx512;
 #endif
 #ifdef MEM1_SIMD_AVX512BF16

@@ -20,8 +20,8 @@ struct SimdChoice {
   std::string reason;  // why no higher compiled level, or that this is the highest
 };
 
-// The highest level that is compiled, that the CPU and the kernel of the operating system grant, and
-// that is not slower there than a lower one. The environment variable MEM1_SIMD (default, avx2,
+// The highest level that is compiled, that the CPU and the kernel of the operating system grant,
+// and that is not slower there than a lower one. The environment variable MEM1_SIMD (default, avx2,
 // avx512, avx512bf16 or amx), if set, bounds the level; the level that it names is taken also where
 // it is slower. Decided once. Throws ValueError for any other value of MEM1_SIMD.
 const SimdChoice& simd_choice();
