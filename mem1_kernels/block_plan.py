@@ -183,8 +183,8 @@ def list_widths(tokens: int) -> list[int]:
 def build_lists(expiry: Tensor, floor: Tensor | None) -> Tensor:
     """`mem1::block_plan` in plain torch: all lists of a BlockPlan behind each other, int32.
 
-    Works on `[P, n, n]` tile pairs, never on token pairs; no value is read on the host. The compiled
-    op, csrc/cpu/block_plan.cpp, gives the same numbers.
+    Works on `[P, n, n]` tile pairs, never on token pairs; no value is read on the host. The
+    compiled op, csrc/cpu/block_plan.cpp, gives the same numbers.
     """
     full, any_visible = _classify(expiry, floor)
     rows = _lists(full, any_visible)
