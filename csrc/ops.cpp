@@ -77,6 +77,7 @@ pybind11::dict build_info() {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mem1, CPU, library) {
+  add(library, "CPU", "block_plan", &mem1::block_plan_cpu);
   add(library, "CPU", "trajectory_attention_fwd", &mem1::trajectory_attention_fwd_cpu);
   add(library, "CPU", "trajectory_attention_bwd", &mem1::trajectory_attention_bwd_cpu);
   add(library, "CPU", "append_kv_", &mem1::append_kv_cpu);

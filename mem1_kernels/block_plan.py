@@ -47,9 +47,11 @@ class BlockPlan:
     `predecessor`, int64 `[1, tokens]`, the token whose logits predict each one (-1: none; None: not
     known), and `needs_position_ids`, whether the positions are others than 0, 1, 2, ...
 
-    Memory: 4 n(n+1) + O(n) bytes a layout for the lists, whatever the layout: 4.2 MB at 128K
-    tokens, 0.27 MB at 32K. Building it took 0.6 ms at 8K, 2.3 ms at 32K and 34 ms at 128K tokens
-    on two CPU cores; on a GPU it has not been measured.
+    Memory: 4 n(n+1) + O(n) bytes per layout for the lists, whatever the layout: 4.2 MB at 128K
+    tokens, 0.27 MB at 32K, 268 MB at 1M. On the CPU that is address space: only pages with listed
+    tiles become memory, 8 bytes per tile. The compiled op takes time in proportion to the tokens
+    and the tiles listed (`python -m bench.plan`); plain torch, which serves CUDA and builds without
+    the extension, works on n x n tile pairs. On a GPU it has not been measured.
     """
 
     expiry: Tensor
@@ -181,7 +183,8 @@ def list_widths(tokens: int) -> list[int]:
 def build_lists(expiry: Tensor, floor: Tensor | None) -> Tensor:
     """`mem1::block_plan` in plain torch: all lists of a BlockPlan behind each other, int32.
 
-    Works on `[P, n, n]` tile pairs, never on token pairs; no value is read on the host.
+    Works on `[P, n, n]` tile pairs, never on token pairs; no value is read on the host. The
+    compiled op, csrc/cpu/block_plan.cpp, gives the same numbers.
     """
     full, any_visible = _classify(expiry, floor)
     rows = _lists(full, any_visible)
