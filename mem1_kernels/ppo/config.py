@@ -18,6 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from mem1_kernels._secrets import public_address
 from mem1_kernels.ppo.losses import KLKind
 from mem1_kernels.retention import (
     Retention,
@@ -198,8 +199,9 @@ class Config:
         if self.transcripts and not self.sft_steps:
             raise ValueError("sft_steps: expected at least 1 to learn from transcripts, got 0")
         if self.task == "qa" and not self.environment and not (self.data and self.corpus):
+            corpus = public_address(self.corpus)
             raise ValueError(
-                f"data, corpus: expected both for task 'qa', got {self.data!r} and {self.corpus!r}"
+                f"data, corpus: expected both for task 'qa', got {self.data!r} and {corpus!r}"
             )
         speaks_ids = self.task in ("chain", "lookup") or self.environment
         if self.model == "tiny" and not speaks_ids:
