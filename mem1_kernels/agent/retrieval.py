@@ -18,6 +18,7 @@ from mem1_kernels._text import valid_text
 from mem1_kernels.agent._files import read_jsonl, written_whole
 from mem1_kernels.agent._http import HTTP, MAX_BYTES, RETRIES, TIMEOUT
 from mem1_kernels.agent._words import Words, split_words
+from mem1_kernels.rollout.engine import check_count
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class BM25:
 
         Raises:
             ValueError: topk < 1.
-            TypeError: one string instead of a sequence of queries.
+            TypeError: queries that are not a sequence of texts; a topk that is no integer.
         """
         check_search(queries, topk)
         return [self._find(split_words(query), topk) for query in queries]
@@ -295,8 +296,12 @@ def check_search(queries: Sequence[str], topk: int) -> None:
     """Raises unless the arguments are those of a `Retriever.search`."""
     if isinstance(queries, str):
         raise TypeError("queries: expected a sequence of queries, got one string")
-    if topk < 1:
-        raise ValueError(f"topk: expected at least 1, got {topk}")
+    if not isinstance(queries, Sequence):
+        raise TypeError(f"queries: expected a sequence of queries, got {type(queries).__name__}")
+    for query in queries:
+        if not isinstance(query, str):
+            raise TypeError(f"queries: expected texts, got {query!r}")
+    check_count("topk", topk)
 
 
 def show_passages(passages: Sequence[Passage]) -> str:
