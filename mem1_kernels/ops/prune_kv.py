@@ -344,7 +344,8 @@ def _facts(x: Tensor) -> tuple | None:
     """All that `_check_layers` looks at in a layer: most layers of a model are alike."""
     if not isinstance(x, Tensor):
         return None
-    return x.shape, x.stride(), x.dtype, x.device, x.is_conj() or x.is_neg()
+    view = not torch.compiler.is_compiling() and (x.is_conj() or x.is_neg())
+    return x.shape, x.stride(), x.dtype, x.device, view
 
 
 def _check_slots(
