@@ -298,8 +298,8 @@ class Silent(Exception):
     [
         ({"depth": raising(1, KeyError("x"))}, "KeyError: 'x'"),
         ({"depth": raising(1, Silent())}, "Silent: (its message cannot be read)"),
-        ({"depth": lambda turn: -1 if turn.row == 1 and turn.number == 2 else 0}, "depth: expected"),
-        ({"depth": lambda turn: "a" if turn.row == 1 and turn.number == 2 else 0}, "depth: expected"),
+        ({"depth": lambda t: -1 if (t.row, t.number) == (1, 2) else 0}, "depth: expected at least"),
+        ({"depth": lambda t: "a" if (t.row, t.number) == (1, 2) else 0}, "depth: expected an int"),
         ({"state_tokens": "second row"}, "state_tokens: expected 0 to "),
         ({"reply": [[99999]]}, "respond, row 1: expected token ids from 0 to "),
         ({"reply": [[-1]]}, "respond, row 1: expected token ids from 0 to "),
@@ -538,7 +538,7 @@ def test_other_arguments(model, server):
         engine_for(server).run([[1]], lambda turns: None, GENERATION)
     with pytest.raises(TypeError, match="generation: expected a Generation, got dict"):
         engine_for(server).run([[1]], world, {})
-    with pytest.raises(TypeError, match="prompts: expected a list of them, got int"):
+    with pytest.raises(TypeError, match="prompts: expected a list, got int"):
         engine_for(server).run(5, world, GENERATION)
     for wrong in (99, None):
         splits = replace(GENERATION, state_tokens=lambda ids, wrong=wrong: wrong)

@@ -52,9 +52,7 @@ struct Sight {
   int64_t base;  // the least position that a row sees
 
   explicit Sight(const CachedRows& unit)
-      : least_last(INT32_MAX),
-        windowed(unit.position_ids.data != nullptr),
-        base(0) {
+      : least_last(INT32_MAX), windowed(unit.position_ids.data != nullptr), base(0) {
     for (int r = 0; r < unit.rows; ++r) {
       const int64_t slot = unit.first_slot + (unit.first_row + r) / unit.group;
       last[r] = static_cast<int32_t>(slot - unit.slot_begin);

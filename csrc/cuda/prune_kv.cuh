@@ -185,8 +185,8 @@ __device__ __forceinline__ bool count_reader(const Row& row, int32_t* length, in
   const uint32_t old = atomicAdd(shared_length, 1u << row.length_bits);
   const int readers_before = static_cast<int>(old >> row.length_bits);
   *value = static_cast<int>(old & mask);
-  // Negative lengths look like more readers than there are, those up to twice the capacity show by
-  // their lower bits. Some beyond that pass for a shorter row; none leads out of the cache.
+  // A negative length looks like more readers than there are. The lower bits show a length up to
+  // twice the capacity. Some larger ones pass for a shorter row; none leads outside the cache.
   trap_unless(readers_before < row.readers);
   return readers_before == row.readers - 1;
 }

@@ -58,8 +58,8 @@ def normalize(text: str, *, squad: bool = False, released: bool = False) -> str:
     By default a number keeps its sign, also in its exponent, its point, its decimal comma and a
     comparison before it ("<5", "≥ 5"), loses the commas between its thousands, and does not run
     into the next one ("10-20", "10:20" and "10 20" are equal, and none is "1020"). A minus sign
-    directly before a word stays too ("-pi"). "C++", "C#" and "AB-" are not "C" and "AB", "vitamin A" is not "vitamin": a
-    last word is no article. Case is folded ("ß" is "ss").
+    directly before a word stays too ("-pi"). "C++", "C#" and "AB-" are not "C" and "AB", "vitamin
+    A" is not "vitamin": a last word is no article. Case is folded ("ß" is "ss").
 
     Args:
         squad: SQuAD's rule instead: all ASCII punctuation is deleted, and no other.
@@ -95,9 +95,7 @@ def _plain(text: str) -> str:
     text = text.translate(dict.fromkeys(map(ord, _UNMARKED)))
     text = _MINUS_WORD.sub(chr(_MARKED[ord("-")]), text).translate(_MINUS)
     text = unicodedata.normalize("NFC", text.casefold()).replace("i\u0307", "i")
-    text = _COMPARED.sub(
-        lambda sign: _EQUAL_TOO.get(sign[1], sign[1].translate(_MARKED)), text
-    )
+    text = _COMPARED.sub(lambda sign: _EQUAL_TOO.get(sign[1], sign[1].translate(_MARKED)), text)
     text = _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
     text = _MEANT.sub(lambda sign: sign.group().translate(_MARKED), text)
     kept: list[str] = []

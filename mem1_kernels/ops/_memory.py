@@ -54,10 +54,11 @@ class _Extent:
 def _first_overlap(blocks: Sequence[_Block], written: int) -> tuple[int, int] | None:
     made: dict[tuple, _Extent] = {}  # most layers of a model are alike, and have one extent
     extents = []
-    for _, *layout in blocks:
-        extent = made.get(key := tuple(layout))
+    for block in blocks:
+        layout = block[1:]
+        extent = made.get(layout)
         if extent is None:
-            extent = made[key] = _Extent(*layout)
+            extent = made[layout] = _Extent(*layout)
         extents.append(extent)
     open_blocks: list[tuple[int, int, _Extent]] = []  # number, start, extent
     end = 0  # of all of these

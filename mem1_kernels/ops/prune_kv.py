@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -340,7 +341,7 @@ def _check_layers(
     return layers
 
 
-def _facts(x: Tensor) -> tuple | None:
+def _facts(x: Any) -> tuple | None:
     """All that `_check_layers` looks at in a layer: most layers of a model are alike."""
     if not isinstance(x, Tensor):
         return None

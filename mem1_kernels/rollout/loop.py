@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from mem1_kernels._text import error_text
-from mem1_kernels.retention import Segment, retained
+from mem1_kernels.retention import Segment, listed, retained
 from mem1_kernels.rollout.engine import (
     EngineError,
     Generation,
@@ -235,9 +235,7 @@ def open_rows(
     """
     if not isinstance(generation, Generation):
         raise TypeError(f"generation: expected a Generation, got {type(generation).__name__}")
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts: expected a list of them, got {type(prompts).__name__}")
-    read = [read_ids("prompts", prompt) for prompt in prompts]
+    read = [read_ids("prompts", prompt) for prompt in listed("prompts", prompts, "a list")]
     if not read or not all(read):
         raise ValueError("prompts: expected at least one, and none of them empty")
     return [
@@ -278,8 +276,7 @@ def run_turns(
         if not active:
             break
         replies = respond([row.turns[-1] for row in active])
-        if isinstance(replies, str) or not isinstance(replies, Sequence):
-            raise TypeError(f"respond: expected a list of replies, got {type(replies).__name__}")
+        replies = listed("respond", replies, "a list of replies")
         if len(replies) != len(active):
             raise ValueError(f"respond: expected {len(active)} replies, got {len(replies)}")
         going = []
