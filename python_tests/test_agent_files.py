@@ -169,3 +169,25 @@ def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         with written_whole(tmp_path / "no" / "x.txt"):
             raise AssertionError("nothing may be written")
+
+
+@pytest.mark.parametrize("path", ["a\0b.jsonl", "\ud83d.jsonl"])
+def test_a_name_that_no_file_can_have(path):
+    for read in (open_retriever, load_questions):
+        with pytest.raises(ValueError, match="no file can have this name"):
+            read(path)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"a.jsonl"])
+def test_a_path_of_another_type(path):
+    with pytest.raises(TypeError, match="corpus: expected a path, got"):
+        open_retriever(path)
+    with pytest.raises(TypeError, match="path: expected a path, got"):
+        load_questions(path)
+
+
+def test_a_file_name_does_not_steer_the_terminal():
+    for read in (open_retriever, load_questions):
+        with pytest.raises(FileNotFoundError) as caught:
+            read("\x1b[31m.jsonl")
+        assert "\\x1b[31m.jsonl: No such file" in str(caught.value)

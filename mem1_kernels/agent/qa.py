@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mem1_kernels._text import valid_text
-from mem1_kernels.agent._files import REASON, named_error, read_jsonl, shown
+from mem1_kernels.agent._files import (
+    REASON,
+    named_error,
+    open_binary,
+    path_name,
+    read_jsonl,
+    shown,
+)
 from mem1_kernels.agent.environment import Step
 from mem1_kernels.agent.metrics import exact_match, f1
 from mem1_kernels.agent.retrieval import Retriever, show_passages
@@ -121,10 +128,10 @@ def load_questions(path: str | Path, *, option: str = "") -> list[Question]:
         ValueError: another kind of file, or a record without question or answers, with its
             number; see `read_jsonl`.
     """
+    name = path_name(path, option)
     path = Path(path)
     if path.suffix == ".jsonl":
         return read_jsonl(path, _read_question, option=option)
-    name = f"{option}: {path}" if option else str(path)
     if path.suffix != ".parquet":
         raise ValueError(
             f"{option or 'path'}: expected a .jsonl or .parquet file, got {str(path)!r}"
@@ -147,7 +154,7 @@ def _read_parquet(path: Path, name: str) -> list[dict[str, Any]]:
     except ImportError as error:
         raise ImportError("pyarrow is not installed (`pip install mem1-kernels[data]`)") from error
     try:
-        with open(path, "rb") as file:
+        with open_binary(path, name) as file:
             return pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from mem1_kernels._secrets import public_address
 from mem1_kernels._text import valid_text
-from mem1_kernels.agent._files import read_jsonl, written_whole
+from mem1_kernels.agent._files import path_name, read_jsonl, written_whole
 from mem1_kernels.agent._http import HTTP, MAX_BYTES, RETRIES, TIMEOUT
 from mem1_kernels.agent._words import Words, split_words
 from mem1_kernels.rollout.engine import check_count
@@ -212,6 +212,7 @@ def open_retriever(corpus: str | Path, *, option: str = "corpus") -> Retriever:
         OSError, ValueError: none of the three, or a corpus that cannot be read.
         ImportError: a package that is not installed.
     """
+    path_name(corpus, option)
     if is_address(corpus):
         try:
             return RetrievalServer(str(corpus))
