@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,17 @@ def map_text(value: Any, change: Callable[[str], str]) -> Any:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float can hold.
+
+    >>> is_number(3), is_number(10**400), is_number(True)
+    (True, False, False)
+    """
+    most = sys.float_info.max
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -most <= value <= most
 
 
 def parse_json(text: str) -> Any:
@@ -112,7 +124,7 @@ def open_binary(path: str | Path, name: str) -> BinaryIO:
     try:
         return open(path, "rb")
     except ValueError:  # a NUL, or a lone surrogate
-        raise ValueError(f"{name!r:.200}: expected a path, but no file can have this name") from None
+        raise ValueError(f"{name:.200}: expected a path, but no file can have this name") from None
 
 
 def named_error(error: OSError, name: str) -> OSError:

@@ -6,7 +6,6 @@ often as it likes and ends with one answer to each, joined by ";", in the order 
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from mem1_kernels._text import valid_text
 from mem1_kernels.agent._files import (
     REASON,
+    is_number,
     named_error,
     open_binary,
     path_name,
@@ -171,9 +171,8 @@ def _read_question(record: Any) -> Question:
         raise ValueError("expected question and golden_answers (or answer)")
     answers = golden if isinstance(golden, list | tuple) else [golden]
     for answer in answers:
-        number = isinstance(answer, int | float) and not isinstance(answer, bool)
-        if not isinstance(answer, str) and not (number and math.isfinite(answer)):
-            raise TypeError(f"golden_answers: expected texts or numbers, got {answer!r}")
+        if not isinstance(answer, str) and not is_number(answer):
+            raise TypeError(f"golden_answers: expected texts or numbers, got {answer!r:.80}")
     return Question(record["question"], tuple(str(answer) for answer in answers))
 
 

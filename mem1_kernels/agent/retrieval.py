@@ -7,7 +7,6 @@ with the title on the first line of `contents` and the text below.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 from mem1_kernels._secrets import public_address
 from mem1_kernels._text import valid_text
-from mem1_kernels.agent._files import path_name, read_jsonl, written_whole
+from mem1_kernels.agent._files import is_number, path_name, read_jsonl, written_whole
 from mem1_kernels.agent._http import HTTP, MAX_BYTES, RETRIES, TIMEOUT
 from mem1_kernels.agent._words import Words, split_words
 from mem1_kernels.rollout.engine import check_count
@@ -89,8 +88,8 @@ def _passage(identifier: Any, contents: Any, score: Any = 0.0) -> Passage:
     """A passage from parts of a JSON object; another type raises TypeError."""
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise TypeError(f"id: expected text or a whole number, got {identifier!r}")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise TypeError(f"score: expected a finite number, got {score!r}")
+    if not is_number(score):
+        raise TypeError(f"score: expected a finite number, got {score!r:.80}")
     return Passage(str(identifier), contents, float(score))
 
 
