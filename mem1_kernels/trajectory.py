@@ -260,7 +260,7 @@ class Trajectory(Layout):
     retention: Retention
 
     def __init__(self, segments: Sequence[Segment], retention: Retention = mem1) -> None:
-        segments = tuple(listed("segments", segments, "a list of Segments"))
+        segments = tuple(listed("segments", segments, "Segments"))
         if not segments:
             raise ValueError("segments: expected at least one, got none")
         for segment in segments:

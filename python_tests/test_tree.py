@@ -285,7 +285,7 @@ ODD = {
     "rows: expected a list of TokenRows, got TokenRow": lambda: pack_tree(TokenRow([1, 2])),
     "items: expected a list of trajectories or groups, got int": lambda: pack(5),
     "items: expected trajectories or groups, got NoneType": lambda: pack([None]),
-    "segments: expected a list of Segments, got NoneType": lambda: Trajectory(None),
+    "segments: expected Segments, got NoneType": lambda: Trajectory(None),
     "values: expected a tensor, got list": lambda: pack_tree([TokenRow([1])]).gather_rows([1]),
 }
 
