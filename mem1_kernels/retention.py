@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -16,6 +16,17 @@ from torch import Tensor
 
 ROLES = ("prompt", "state", "action", "info")
 GENERATED = ("state", "action")
+
+
+def listed(name: str, values: Any, expected: str) -> list[Any]:
+    """The members of a sequence or an iterator.
+
+    Raises:
+        TypeError: it is neither, or it is text.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected {expected}, got {type(values).__name__}")
+    return list(values)
 
 
 @dataclass(frozen=True)
@@ -54,14 +65,18 @@ class Segment:
                 raise ValueError(f"tokens: expected a count >= 0, got {self.tokens}")
             count, ids = self.tokens, None
         else:
-            values = self.tokens.tolist() if isinstance(self.tokens, Tensor) else self.tokens
+            tokens: Any = self.tokens
+            values = tokens.tolist() if hasattr(tokens, "tolist") else tokens
             if not isinstance(values, (list, tuple, range)):
                 got = type(values).__name__
                 raise ValueError(f"tokens: expected a count or a 1-D sequence of ids, got {got}")
-            if not all(type(token) is int for token in values):
-                raise ValueError("tokens: expected integer ids, got another type among them")
+            for token in values:
+                if type(token) is not int:
+                    raise ValueError(f"tokens: expected integer ids, got {token!r:.80}")
             if values and min(values) < 0:
                 raise ValueError(f"tokens: expected ids >= 0, got {min(values)}")
+            if values and max(values) >= 2**63:
+                raise ValueError(f"tokens: expected ids below 2^63, got {max(values)}")
             count, ids = len(values), tuple(values)
         object.__setattr__(self, "num_tokens", count)
         object.__setattr__(self, "ids", ids)

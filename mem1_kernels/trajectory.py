@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mem1_kernels.mask import visible_pairs
-from mem1_kernels.retention import GENERATED, Retention, Segment, mem1, retained
+from mem1_kernels.retention import GENERATED, Retention, Segment, listed, mem1, retained
 
 Positions: TypeAlias = Literal["kept", "reprefill"]
 """Which positions a rollout and the layout that trains it use: "kept" positions go on counting over
@@ -260,7 +260,7 @@ class Trajectory(Layout):
     retention: Retention
 
     def __init__(self, segments: Sequence[Segment], retention: Retention = mem1) -> None:
-        segments = tuple(segments)
+        segments = tuple(listed("segments", segments, "Segments"))
         if not segments:
             raise ValueError("segments: expected at least one, got none")
         for segment in segments:
@@ -353,7 +353,10 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
     """
     if isinstance(items, Layout):
         raise TypeError(f"items: expected a sequence, got one {type(items).__name__}")
-    groups = [[item] if isinstance(item, Layout) else list(item) for item in items]
+    groups = [
+        [item] if isinstance(item, Layout) else listed("items", item, "trajectories or groups")
+        for item in listed("items", items, "a list of trajectories or groups")
+    ]
     members = [member for group in groups for member in group]
     for member in members:
         if not isinstance(member, Layout):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mem1_kernels.retention import GENERATED, retained
+from mem1_kernels.retention import GENERATED, listed, retained
 from mem1_kernels.trajectory import Layout, Span, Trajectory
 
 
@@ -70,7 +70,7 @@ def _vector(name: str, values: Any, dtype: torch.dtype, count: int | None = None
     try:
         vector = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected numbers ({error})") from None
+        raise TypeError(f"{name}: expected numbers, got {values!r:.80} ({error})") from None
     if vector.dim() != 1:
         raise ValueError(f"{name}: expected [tokens], got {list(vector.shape)}")
     if count is not None and len(vector) != count:
@@ -129,6 +129,8 @@ class TreeLayout(Layout):
         >>> [row.tolist() for row in tree.gather_rows(tree.token_ids)]
         [[1, 2, 3], [1, 2, 4]]
         """
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values: expected a tensor, got {type(values).__name__}")
         if values.shape[:1] != (self.num_tokens,):
             raise ValueError(f"values: expected [{self.num_tokens}, ...], got {list(values.shape)}")
         gathered = values.index_select(0, self.index.to(values.device))
@@ -162,7 +164,7 @@ def pack_tree(rows: Sequence[TokenRow]) -> TreeLayout:
     >>> tree.position_ids.tolist(), tree.predecessor.tolist()
     ([0, 1, 2, 3, 2], [-1, 0, 1, 2, 1])
     """
-    rows = tuple(rows)
+    rows = tuple(listed("rows", rows, "a list of TokenRows"))
     for row in rows:
         if not isinstance(row, TokenRow):
             raise TypeError(f"rows: expected TokenRows, got {type(row).__name__}")

@@ -385,6 +385,12 @@ WRONG_TYPES = {
     "stop_strings: expected a sequence of strings, got one string": {"stop_strings": "</a>"},
     "stop_ids: expected integer token ids": {"stop_ids": ["3"]},
     "stop_ids: expected token ids, got int": {"stop_ids": 3},
+    "stop_strings: expected a sequence of strings, got int": {"stop_strings": 3},
+    "seed: expected an integer, got 'a'": {"seed": "a"},
+    "seed: expected an integer, got 1.5": {"seed": 1.5},
+    "seed: expected an integer, got True": {"seed": True},
+    "depth: expected a function or None, got 3": {"depth": 3},
+    "state_tokens: expected a function or None, got 3": {"state_tokens": 3},
 }
 
 
@@ -488,6 +494,13 @@ def test_the_old_name_still_works():
     (want,) = roll(model, [[5, 9]], World([3]), max_turns=3, max_new_tokens=4, stop_ids=[STOP])
     assert torch.equal(got[0].trajectory.token_ids, want.trajectory.token_ids)
     assert torch.equal(got[0].log_probs, want.log_probs)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_that_torch_does_not_take(seed):
+    with pytest.raises(ValueError, match="seed: expected "):
+        Generation(seed=seed)
+    Generation(seed=2**64 - 1)
 
 
 @pytest.mark.parametrize("reply", [[20.7, 21.0], "20", ["20"], {20: 1}, torch.tensor([20.5])])

@@ -91,12 +91,34 @@ def test_every_number_has_a_range(name):
             Config(**{name: value})
 
 
+@pytest.mark.parametrize("path", ["a\0b.toml", "\ud83d.toml"])
+def test_a_name_that_no_file_can_have(path):
+    with pytest.raises(ValueError, match="config: no file can have the name"):
+        read_config(path)
+
+
+def test_the_terminal_is_not_steered(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", "\x1b[31m.toml"])
+    assert "--config: \\x1b[31m.toml: No such file" in capsys.readouterr().err
+
+
+def test_the_address_of_a_corpus_shows_no_password():
+    for corpus in ("http://u:hunter2@h/x", "http:/u:hunter2@h/x"):
+        with pytest.raises(ValueError, match="data, corpus: expected both") as caught:
+            Config(task="qa", model="m", corpus=corpus)
+        assert "hunt" not in str(caught.value)
+
+
 def test_file_errors(tmp_path):
     path = tmp_path / "c.toml"
     for text, message in (
         ("learning_rate = 1.0", "no option is called 'learning_rate'"),
         ('steps = "3"', "steps: expected int, got '3'"),
         ("bf16 = 1", "bf16: expected bool, got 1"),
+        ("steps = 1" + "0" * 5000, "c.toml: not a TOML file"),
+        ("seed = 1" + "0" * 30, "seed: expected an integer from -2^63 to 2^64 - 1"),
+        ("lr = 1" + "0" * 400, "lr: expected float, got 1000"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=re.escape(message)):

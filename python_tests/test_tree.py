@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -22,7 +23,7 @@ from mem1_kernels import (
     unroll,
     visible,
 )
-from mem1_kernels.hf import patched
+from mem1_kernels.hf import TrajectoryCollator, patched
 from mem1_kernels.ops import reference
 from mem1_kernels.retention import retained
 from mem1_kernels.rollout import score
@@ -261,3 +262,41 @@ def test_text_that_survives_is_computed_once_when_it_is_sent_again():
     assert sorted(layout.source[layout.loss_mask].tolist()) == sorted(
         trajectory.loss_mask.nonzero().flatten().tolist()
     )
+
+
+collate = TrajectoryCollator()
+SEGMENTS = [["prompt", 0, [5, 6]], ["state", 1, [7]], ["action", 1, [8]]]
+ODD = {
+    "examples: expected a list of examples, got NoneType": lambda: collate(None),
+    "examples: expected a list of examples, got int": lambda: collate(5),
+    "examples: expected a list of examples, got one": lambda: collate({"segments": SEGMENTS}),
+    "examples: expected one with 'segments', got int": lambda: collate([5]),
+    "examples: expected 'segments' in example 0, got .5, 'a'.": lambda: collate([{5: 1, "a": 2}]),
+    "segments: expected a list of segments, got int": lambda: collate([{"segments": 5}]),
+    "segments: expected a list of segments, got str": lambda: collate([{"segments": "abc"}]),
+    "ids: expected token ids, got int": lambda: collate([{"segments": [["prompt", 0, 5]]}]),
+    "ids: expected token ids, got str": lambda: collate([{"segments": [["prompt", 0, "a"]]}]),
+    "tokens: expected integer ids, got 1.5": lambda: Segment("prompt", [1.5]),
+    "tokens: expected ids below 2.63, got": lambda: Segment("prompt", [2**63]),
+    "retention: expected a function such as mem1, got 5": lambda: TrajectoryCollator(5),
+    "token_ids: expected numbers, got None": lambda: TokenRow(None),
+    "weights: expected numbers, got .None, 1.": lambda: TokenRow([1, 2], [0, 1], [None, 1]),
+    "rows: expected a list of TokenRows, got NoneType": lambda: pack_tree(None),
+    "rows: expected a list of TokenRows, got TokenRow": lambda: pack_tree(TokenRow([1, 2])),
+    "items: expected a list of trajectories or groups, got int": lambda: pack(5),
+    "items: expected trajectories or groups, got NoneType": lambda: pack([None]),
+    "segments: expected Segments, got NoneType": lambda: Trajectory(None),
+    "values: expected a tensor, got list": lambda: pack_tree([TokenRow([1])]).gather_rows([1]),
+}
+
+
+@pytest.mark.parametrize("message", ODD)
+def test_arguments_of_another_type(message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        ODD[message]()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_ids_of_any_array(kind):
+    example = {"segments": [["prompt", 0, kind([5, 6])], ["state", 1, kind([7])]]}
+    assert collate([example])["input_ids"].tolist() == [[5, 6, 7]]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mem1_kernels.block_plan import BlockPlan
-from mem1_kernels.retention import Retention, Segment, mem1
+from mem1_kernels.retention import Retention, Segment, listed, mem1
 from mem1_kernels.trajectory import Trajectory, pack
 
 
@@ -34,6 +34,8 @@ class TrajectoryCollator:
     """
 
     def __init__(self, retention: Retention = mem1) -> None:
+        if not callable(retention):
+            raise TypeError(f"retention: expected a function such as mem1, got {retention!r}")
         self.retention = retention
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -50,13 +52,20 @@ class TrajectoryCollator:
             `shift_labels` as they are.
         """
         layouts = []
-        for number, example in enumerate(examples):
+        if isinstance(examples, Mapping):
+            raise TypeError("examples: expected a list of examples, got one")
+        for number, example in enumerate(listed("examples", examples, "a list of examples")):
+            if not isinstance(example, Mapping):
+                raise TypeError(
+                    f"examples: expected one with 'segments', got {type(example).__name__}"
+                )
             if "segments" not in example:
                 raise ValueError(
-                    f"examples: expected 'segments' in example {number}, got {sorted(example)}; "
+                    f"examples: expected 'segments' in example {number}, got {list(example)}; "
                     "set remove_unused_columns=False"
                 )
-            segments = [_segment(item) for item in example["segments"]]
+            items = listed("segments", example["segments"], "a list of segments")
+            segments = [_segment(item) for item in items]
             layouts.append(Trajectory(segments, self.retention))
         layout = pack(layouts)
         labels = layout.shift_labels()[None]
@@ -78,5 +87,7 @@ def _segment(item: Any) -> Segment:
     elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 3:
         role, turn, ids = item
     else:
-        raise TypeError(f"segments: expected a Segment or [role, turn, token ids], got {item!r}")
-    return Segment(role, list(ids), turn)
+        raise TypeError(
+            f"segments: expected a Segment or [role, turn, token ids], got {item!r:.80}"
+        )
+    return Segment(role, ids if hasattr(ids, "tolist") else listed("ids", ids, "token ids"), turn)

@@ -63,7 +63,8 @@ def patch(model: Model) -> Model:
     or one per batch row. A 2D `attention_mask` beside a plan hides padding. Sliding-window layers
     apply their window to positions. Without a plan the model is causal as before. PEFT, gradient
     checkpointing, autocast, DDP and torch.compile (after patching) still work. A `TrajectoryCache`
-    serves as past_key_values, in a forward pass and in `generate()`.
+    serves as past_key_values (`cache` since transformers 5.24), in a forward pass and in
+    `generate()`.
 
     The loss of a causal LM moves `labels=` by one token. That is right where each label's token
     follows the token that predicts it: in a trajectory, and in packed ones whose prompts are -100.
@@ -227,6 +228,18 @@ def _inputs(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     return kwargs.get("inputs_embeds") if ids is None else ids
 
 
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among a model's keywords: `cache` from transformers 5.24 on, which still takes the
+    older name `past_key_values`."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The name under which a model takes its cache: "cache" or "past_key_values"."""
+    return "cache" if "cache" in _names(root_of(model)) else "past_key_values"
+
+
 def _check_plan(
     names: list[str], module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
 ) -> None:
@@ -309,7 +322,7 @@ def _open_pass(
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Before the layers: a TrajectoryCache takes the mask and returns the positions. A pass under a
     plan fills no cache: the cache would not know what the plan dropped."""
-    cache = kwargs.get("past_key_values")
+    cache = _cache_of(kwargs)
     planned = kwargs.get("plan") is not None
     inputs = _inputs(args, kwargs)
     if inputs is None:
@@ -341,7 +354,7 @@ def _open_pass(
 
 
 def _close_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    cache = kwargs.get("past_key_values")
+    cache = _cache_of(kwargs)
     if isinstance(cache, TrajectoryCache):
         cache.commit()
     arrival = kwargs.get("arrival")

@@ -18,6 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from mem1_kernels._secrets import public_address
+from mem1_kernels._text import printable
 from mem1_kernels.ppo.losses import KLKind
 from mem1_kernels.retention import (
     Retention,
@@ -50,6 +52,7 @@ POSITIVE = Bound("a positive number", lambda value: value > 0)
 SHARE = Bound("a number in [0, 1]", lambda value: 0 <= value <= 1)
 BETWEEN = Bound("a number between 0 and 1", lambda value: 0 < value < 1)
 ZERO_OR_ABOVE_ONE = Bound("0 or a number above 1", lambda value: value == 0 or value > 1)
+SEED = Bound("an integer from -2^63 to 2^64 - 1", lambda value: -(2**63) <= value < 2**64)
 SIZES = Bound("whole numbers >= 1", lambda value: bool(value) and min(value) >= 1)
 
 
@@ -69,7 +72,7 @@ class Config:
     out: str = _option(
         "out/ppo", "folder for the config, metrics.jsonl, curve.png, checkpoints, policy"
     )
-    seed: int = _option(0, "of everything: weights, tasks, sampling, order")
+    seed: int = _option(0, "of everything: weights, tasks, sampling, order", SEED)
     steps: int = _option(10, "PPO steps; each plays `episodes` episodes", at_least(0))
     save_every: int = _option(
         0, "steps between checkpoints, one after the warm start; 0: none", at_least(0)
@@ -198,8 +201,9 @@ class Config:
         if self.transcripts and not self.sft_steps:
             raise ValueError("sft_steps: expected at least 1 to learn from transcripts, got 0")
         if self.task == "qa" and not self.environment and not (self.data and self.corpus):
+            corpus = public_address(self.corpus)
             raise ValueError(
-                f"data, corpus: expected both for task 'qa', got {self.data!r} and {self.corpus!r}"
+                f"data, corpus: expected both for task 'qa', got {self.data!r} and {corpus!r}"
             )
         speaks_ids = self.task in ("chain", "lookup") or self.environment
         if self.model == "tiny" and not speaks_ids:
@@ -245,7 +249,8 @@ def _read(option: Option, value: Any) -> Any:
         value = tuple(value)
         fits = all(type(item) is int for item in value)
     elif kind is float and type(value) is int:
-        value, fits = float(value), True
+        fits = abs(value) < 2**1000  # larger ones are not even a float
+        value = float(value) if fits else value
     else:
         fits = type(value) is kind
     if option.choices:
@@ -344,7 +349,10 @@ def read_config(path: str | Path, **overrides: Any) -> Config:
     >>> read_config("configs/chain.toml", steps=3).steps
     3
     """
-    data = Path(path).read_bytes()
+    try:
+        data = Path(path).read_bytes()
+    except ValueError:  # a NUL, or a lone surrogate
+        raise ValueError(f"config: no file can have the name {str(path)!r}") from None
     try:
         text = data.decode("utf-8-sig")
         values = tomllib.loads(text)
@@ -352,7 +360,7 @@ def read_config(path: str | Path, **overrides: Any) -> Config:
         line = data.count(b"\n", 0, error.start) + 1
         got = data[error.start : error.start + 1]
         raise ValueError(f"{path}, line {line}: expected UTF-8, got {got!r}") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     known = {option.name for option in options()}
     for name in values.keys() | overrides.keys():
@@ -404,6 +412,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     try:
         return Config(**values) if path is None else read_config(path, **values)
     except OSError as error:
-        parser.exit(2, f"{parser.prog}: error: --config: {path}: {error.strerror}\n")
+        shown = printable(path)
+        parser.exit(2, f"{parser.prog}: error: --config: {shown}: {error.strerror}\n")
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -328,12 +328,14 @@ def read_transcripts(path: str) -> list[tuple[list[Segment], float]]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise type(error)(f"transcripts: {path}: {error.strerror}") from None
+    except ValueError:  # a NUL, or a lone surrogate
+        raise ValueError(f"transcripts: no file can have the name {path!r:.200}") from None
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             traces.append(_read_trace(json.loads(line.decode("utf-8-sig"))))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             said: object = f"no {error}" if isinstance(error, KeyError) else error
             if isinstance(error, json.JSONDecodeError):  # which counts lines of its own
                 said = f"{error.msg} at column {error.colno}"

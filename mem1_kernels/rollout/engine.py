@@ -100,7 +100,8 @@ class Generation:
         seed: of sampling. None: torch's default generator, or the server's own choice.
 
     Raises:
-        TypeError: stops that are not integers or strings, a retention that is not a function.
+        TypeError: stops that are not integers or strings; a retention, `state_tokens` or `depth`
+            that is not a function; a number of another type.
         ValueError: an argument out of its range.
 
     >>> Generation(max_turns=4, stop_ids=[3]).stop_ids
@@ -120,11 +121,21 @@ class Generation:
     def __post_init__(self) -> None:
         if not callable(self.retention):
             raise TypeError(f"retention: expected a function such as mem1, got {self.retention!r}")
+        for name in ("state_tokens", "depth"):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: expected a function or None, got {function!r}")
+        if self.seed is not None:
+            check_count("seed", self.seed, -(2**63))
+            if self.seed >= 2**64:
+                raise ValueError(f"seed: expected less than 2^64, got {self.seed}")
         check_count("max_turns", self.max_turns)
         check_count("max_new_tokens", self.max_new_tokens)
         check_temperature(self.temperature)
-        if isinstance(self.stop_strings, str):
-            raise TypeError("stop_strings: expected a sequence of strings, got one string")
+        if isinstance(self.stop_strings, str) or not isinstance(self.stop_strings, Sequence | Set):
+            one = isinstance(self.stop_strings, str)
+            got = "one string" if one else type(self.stop_strings).__name__
+            raise TypeError(f"stop_strings: expected a sequence of strings, got {got}")
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop_strings: expected strings that are not empty, got {stop!r}")

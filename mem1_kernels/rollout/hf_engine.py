@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mem1_kernels.hf import TrajectoryCache, patched
+from mem1_kernels.hf.patch import cache_keyword
 from mem1_kernels.rollout.engine import (
     Generation,
     OnTokens,
@@ -101,16 +102,17 @@ class HFEngine:
             generator: draws the samples, in place of one that `generation.seed` makes.
 
         Raises:
-            TypeError: a prompt or a reply that is not a sequence of integers.
+            TypeError: a prompt that is not a sequence of integers.
             ValueError: no prompts or an empty one, ids outside the vocabulary, replies for another
                 number of rows, stop_strings without a tokenizer, or a policy that drops inside a
                 turn, takes back a drop, or hides with a floor what the cache still holds.
+                (A reply that cannot be used ends its row: see `run_turns`.)
             FloatingPointError: logits that are not numbers.
         """
         generation = Generation() if generation is None else generation
+        rows = open_rows(prompts, generation, self.positions, self.vocabulary)
         if generation.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings: need a tokenizer, got none")
-        rows = open_rows(prompts, generation, self.positions)
         if generator is None and generation.seed is not None:
             device = next(self.model.parameters()).device
             generator = torch.Generator(device).manual_seed(generation.seed)
@@ -149,7 +151,6 @@ class _CacheBackend:
     ) -> None:
         self.model = engine.model
         self.tokenizer = engine.tokenizer
-        self.vocabulary = engine.vocabulary
         self.generation = generation
         self.generator = generator
         self.on_tokens = on_tokens
@@ -159,6 +160,7 @@ class _CacheBackend:
         self.cache = TrajectoryCache(
             self.model, batch_size=len(rows), capacity=engine.capacity, ordered=engine.ordered
         )
+        self.keyword = cache_keyword(self.model)
         self.keep: Tensor | None = None  # bool [batch, capacity], what the next feed prunes by
         # A token holds at least one byte, so this many tokens reach behind the longest stop.
         stops = generation.stop_strings
@@ -233,13 +235,6 @@ class _CacheBackend:
         if self.keep is not None:
             self.cache.prune_(keep=self.keep)
             self.keep = None
-        for index, held in enumerate(self.held):
-            ids = held.pending
-            if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
-                raise ValueError(
-                    f"row {index}: expected token ids from 0 to {self.vocabulary - 1}, "
-                    f"got {min(ids)} to {max(ids)}"
-                )
         counts = torch.tensor([len(held.pending) for held in self.held])
         width = int(counts.max())
         if width == 0:
@@ -256,9 +251,9 @@ class _CacheBackend:
         logits = self.model(
             input_ids=token_ids.to(self.device),
             position_ids=positions.to(self.device),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=last.to(self.device),
+            **{self.keyword: self.cache},
         ).logits.float()
         lengths = self.cache.lengths.tolist()
         for index, (row, held) in enumerate(zip(self.rows, self.held, strict=True)):

@@ -7,14 +7,24 @@ observations, and keeps the record that training needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from mem1_kernels.retention import Segment, retained
-from mem1_kernels.rollout.engine import EngineError, Generation, Respond, Rollout, Turn, read_ids
+from mem1_kernels._text import error_text
+from mem1_kernels.retention import Segment, listed, retained
+from mem1_kernels.rollout.engine import (
+    EngineError,
+    Generation,
+    Respond,
+    Rollout,
+    Turn,
+    check_count,
+    read_ids,
+)
 from mem1_kernels.trajectory import Positions, Trajectory
 
 
@@ -68,6 +78,7 @@ class RolloutRow:
         prompt: its ids.
         generation: how it is written.
         positions: the form that the engine computes.
+        vocabulary: ids from 0 to this number, exclusive, are known to the model; None: unknown.
 
     Attributes:
         segments: what is written so far.
@@ -77,15 +88,22 @@ class RolloutRow:
         depth: of what comes next.
         peak_context: the most tokens that the context held at once; the backend says it.
         error: why the row ended before its time, or "".
+        raised: what ended it, if that was an exception.
     """
 
     def __init__(
-        self, index: int, prompt: list[int], generation: Generation, positions: Positions
+        self,
+        index: int,
+        prompt: list[int],
+        generation: Generation,
+        positions: Positions,
+        vocabulary: int | None = None,
     ) -> None:
         self.index = index
         self.prompt = prompt
         self.generation = generation
         self.positions = positions
+        self.vocabulary = vocabulary
         self.segments = [Segment("prompt", prompt)]
         self.dropped_at = [0]
         self.turns: list[Turn] = []
@@ -93,6 +111,8 @@ class RolloutRow:
         self.depth = 0
         self.peak_context = 0
         self.error = ""
+        self.raised: Exception | None = None
+        self._check_known("prompts", prompt)
 
     def drop_before(self, upcoming: Segment) -> list[int]:
         """Marks what `upcoming` and all after it no longer see; returns those segments' indices.
@@ -130,18 +150,36 @@ class RolloutRow:
         state = state_tokens(list(ids)) if state_tokens else 0
         if type(state) is not int or not 0 <= state <= len(ids):
             raise ValueError(f"state_tokens: expected 0 to {len(ids)}, got {state!r}")
-        self.add(Segment("state", ids[:state], number, self.depth))
-        self.add(Segment("action", ids[state:], number, self.depth))
+        parts = (("state", ids[:state]), ("action", ids[state:]))
+        for segment in [Segment(role, part, number, self.depth) for role, part in parts]:
+            self.add(segment)
         self.log_probs += written.log_probs
         self.turns.append(Turn(self.index, number, ids, written.closed, self.depth))
 
     def observation(self, observed: Sequence[int]) -> Segment:
-        """The observation behind the last turn: first drop what it does not see, then add it."""
+        """The observation behind the last turn: first drop what it does not see, then add it.
+
+        Raises:
+            TypeError: what is observed is not a sequence of integers, or a depth is no integer.
+            ValueError: ids outside the vocabulary, or a depth below 0.
+        """
         turn = self.turns[-1]
-        if self.generation.depth is not None:
-            self.depth = self.generation.depth(turn)
         ids = read_ids(f"respond, row {self.index}", observed)
+        self._check_known("respond", ids)
+        if self.generation.depth is not None:
+            depth = self.generation.depth(turn)
+            check_count("depth", depth, 0)
+            self.depth = depth
         return Segment("info", ids, turn.number, self.depth)
+
+    def _check_known(self, name: str, ids: list[int]) -> None:
+        """Raises ValueError unless the model knows the ids."""
+        limit = self.vocabulary
+        if limit is not None and ids and not 0 <= min(ids) <= max(ids) < limit:
+            raise ValueError(
+                f"{name}, row {self.index}: expected token ids from 0 to {limit - 1}, "
+                f"got {min(ids)} to {max(ids)}"
+            )
 
     def add(self, segment: Segment) -> None:
         """Adds a segment to the context."""
@@ -181,18 +219,28 @@ class RolloutRow:
 
 
 def open_rows(
-    prompts: Sequence[Sequence[int]], generation: Generation, positions: Positions
+    prompts: Sequence[Sequence[int]],
+    generation: Generation,
+    positions: Positions,
+    vocabulary: int | None = None,
 ) -> list[RolloutRow]:
     """One row per prompt.
 
+    Args:
+        vocabulary: ids from 0 to this number, exclusive, are known to the model; None: unknown.
+
     Raises:
-        TypeError: prompts that are not sequences of integers.
-        ValueError: no prompts, or an empty one.
+        TypeError: prompts that are not sequences of integers, or no `Generation`.
+        ValueError: no prompts, an empty one, or one with ids outside the vocabulary.
     """
-    read = [read_ids("prompts", prompt) for prompt in prompts]
+    if not isinstance(generation, Generation):
+        raise TypeError(f"generation: expected a Generation, got {type(generation).__name__}")
+    read = [read_ids("prompts", prompt) for prompt in listed("prompts", prompts, "a list")]
     if not read or not all(read):
         raise ValueError("prompts: expected at least one, and none of them empty")
-    return [RolloutRow(index, ids, generation, positions) for index, ids in enumerate(read)]
+    return [
+        RolloutRow(index, ids, generation, positions, vocabulary) for index, ids in enumerate(read)
+    ]
 
 
 def run_turns(
@@ -200,13 +248,17 @@ def run_turns(
 ) -> list[Rollout]:
     """Runs every row to its end; one rollout per row, in order.
 
-    A row that the backend cannot go on with ends with its error, and the others go on.
+    A row that the backend cannot go on with ends with its error, and the others go on. So does a
+    row whose reply is not a sequence of ids that the model knows, or for which `state_tokens` or
+    `depth` of the generation raises.
 
     Raises:
         EngineError: no row at all could write its first turn.
-        TypeError: a reply that is not a sequence of integers.
+        TypeError: `respond` returns no sequence.
         ValueError: replies for another number of rows; a policy that drops inside a turn, takes
             back a drop, or hides with a floor what the context still holds.
+        Exception: what was raised for the first row, where something was for every row in its first
+            turn.
     """
     active = list(rows)
     for number in range(1, generation.max_turns + 1):
@@ -218,11 +270,13 @@ def run_turns(
                 row.error = turn.error
                 backend.retire(row)
             else:
-                row.wrote(number, turn)
+                with _ends_alone(row, backend):
+                    row.wrote(number, turn)
         active = [row for row in active if not row.error]
         if not active:
             break
         replies = respond([row.turns[-1] for row in active])
+        replies = listed("respond", replies, "a list of replies")
         if len(replies) != len(active):
             raise ValueError(f"respond: expected {len(active)} replies, got {len(replies)}")
         going = []
@@ -230,12 +284,28 @@ def run_turns(
             if observed is None or number == generation.max_turns:
                 backend.retire(row)
                 continue
-            info = row.observation(observed)
+            with _ends_alone(row, backend):
+                info = row.observation(observed)
+            if row.error:
+                continue
             backend.drop(row, row.drop_before(info))
             row.add(info)
             backend.read(row, info.ids or ())
             going.append(row)
         active = going
+        if number == 1 and rows[0].raised and all(row.raised for row in rows):
+            raise rows[0].raised
     if not any(row.turns for row in rows):
-        raise EngineError(rows[0].error)
+        raise rows[0].raised or EngineError(rows[0].error)
     return [row.finish() for row in rows]
+
+
+@contextmanager
+def _ends_alone(row: RolloutRow, backend: Backend) -> Iterator[None]:
+    """What is raised inside ends this row, with the error recorded."""
+    try:
+        yield
+    except Exception as error:  # whatever foreign code raises for a row ends this row only
+        row.raised = error
+        row.error = error_text(error)
+        backend.retire(row)

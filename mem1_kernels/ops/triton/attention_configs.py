@@ -19,7 +19,7 @@ class Config(NamedTuple):
     block_n: int
     """Keys in a block."""
     part: int
-    """Tokens that the inner side takes a step in partial tiles, where masks need registers too."""
+    """Tokens of the inner side per step in partial tiles, where masks need registers too."""
     num_warps: int
     """At most block / 16 of the outer side, or the tensor cores compute the same rows twice."""
     num_stages: int
@@ -54,7 +54,7 @@ HOPPER_16_BIT: Table = {
     },
 }
 
-# Within the 99 KiB a block of the smallest GPUs since Ampere has.
+# These fit in the 99 KiB of shared memory per block of the smallest GPUs since Ampere.
 OTHERS_16_BIT: Table = {
     128: {
         "fwd": [Config(64, 64, 32, 4, 2)],
