@@ -291,6 +291,27 @@ def test_marks_of_another_type():
         Generation(info_name="search")
 
 
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_a_mark_that_raises_ends_its_row_alone(positions):
+    """In some turn, behind marks; what remains of the row, and the others, is exact."""
+    asked = []
+
+    def raising(ids):
+        asked.append(ids)
+        if len(asked) == 90:
+            raise RuntimeError("no such block")
+        return mark(ids)
+
+    model = make_model("qwen2")
+    options = {"retention": memento, "positions": positions, "temperature": 0}
+    rollouts = run(model, mark=raising, **options)
+    broken = [rollout for rollout in rollouts if rollout.error]
+    assert ["no such block" in rollout.error for rollout in broken] == [True]
+    assert largest_difference(model, rollouts) <= 2e-5
+    others = [len(r.turns) == last for r, last in zip(rollouts, LAST_TURNS, strict=True)]
+    assert sum(others) == len(rollouts) - 1
+
+
 def test_an_engine_that_writes_whole_turns_refuses_marks():
     class Whole:
         def __getattr__(self, name):
