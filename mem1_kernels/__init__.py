@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from mem1_kernels.block_plan import BlockPlan
+from mem1_kernels.context_editing import (
+    clear_tool_results,
+    memento,
+    strip_reasoning,
+    sub_agents,
+)
 from mem1_kernels.mask import visible
 from mem1_kernels.ops.attention import trajectory_attention
 from mem1_kernels.ops.kv_cache import (
@@ -37,15 +43,19 @@ __all__ = [
     "TreeLayout",
     "append_kv_",
     "cached_attention",
+    "clear_tool_results",
     "fold",
     "keep_all",
     "keep_last",
     "mem1",
     "mem1_release",
+    "memento",
     "pack",
     "pack_tree",
     "prune_kv_",
     "prune_paged_kv_",
+    "strip_reasoning",
+    "sub_agents",
     "trajectory_attention",
     "unroll",
     "visible",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mem1_kernels.retention import GENERATED, listed, retained
+from mem1_kernels.retention import listed, placeholder_of, retained
 from mem1_kernels.trajectory import Layout, Span, Trajectory
 
 
@@ -201,10 +201,14 @@ def unroll(trajectory: Trajectory) -> Layout:
     """The re-prefill form: what an engine computes that sends the live text again every turn.
 
     Each turn is a branch: the prompt, the segments that are alive when the turn starts, at compact
-    positions, and then what the turn writes. Branches share the text that they have in common at
-    their beginning: the prompt, and under policies that keep older segments those too. So a turn
-    before which nothing was dropped goes on in the branch of the turn before. Every generated token
-    is in the loss exactly once, in the branch that generated it.
+    positions, and then what the turn writes. A turn in which something is dropped at a mark goes on
+    in a branch of its own from there. Where the policy has a placeholder, it stands for each
+    segment that was dropped; its `source` is that segment's first token.
+
+    Branches share the text that they have in common at their beginning: the prompt, and under
+    policies that keep older segments those too. So a turn before which nothing was dropped goes on
+    in the branch of the turn before. Every token in the loss is there exactly once, in the branch
+    that wrote or read it first. What is not in the loss and was seen by nothing in it is left out.
 
     Raises:
         TypeError: something that is not a Trajectory.
@@ -232,23 +236,41 @@ def unroll(trajectory: Trajectory) -> Layout:
     if any(expires[index] < len(segments) for index in range(prompts)):
         raise ValueError("trajectory: its prompt expires, so its turns share none")
 
-    # A row per generated segment: the tokens that it sees, by their places in the trajectory, and
-    # its own behind them.
+    # A row per segment in the loss: the tokens that it sees, by their places in the trajectory, and
+    # its own behind them. Places behind the trajectory's end are those of placeholders.
+    placeholder = placeholder_of(trajectory.retention)
+    tokens, length = trajectory.num_tokens, len(placeholder)
     places = [torch.arange(span.start, span.stop) for span in trajectory.spans]
+    first = torch.tensor([span.start for span in trajectory.spans])
     rows = [torch.cat([torch.arange(0), *places[:prompts]])]
-    for index, segment in enumerate(segments):
-        if segment.role in GENERATED:
-            alive = [past for past in range(index) if expires[past] > index]
-            rows.append(torch.cat([places[past] for past in [*alive, index]]))
+    for index, segment in enumerate(segments[prompts:], prompts):
+        if segment.in_loss:
+            seen = []
+            for past in range(index):
+                if expires[past] > index:
+                    seen.append(places[past])
+                elif segments[past].num_tokens:
+                    begin = tokens + past * length
+                    seen.append(torch.arange(begin, begin + length))
+            rows.append(torch.cat([*seen, places[index]]))
     tree = _lay_out(rows)
-    source = torch.cat(rows)[tree.source]
-    loss_mask = torch.zeros(len(source), dtype=torch.bool)
-    written = [segment.num_tokens for segment in segments if segment.role in GENERATED]
+    place = torch.cat(rows)[tree.source]
+    loss_mask = torch.zeros(len(place), dtype=torch.bool)
+    loss_mask[tree.index[: len(rows[0])]] = trajectory.loss_mask[rows[0]]
+    written = [segment.num_tokens for segment in segments[prompts:] if segment.in_loss]
     end = len(rows[0])
     for row, count in zip(rows[1:], written, strict=True):
         end += len(row)
         loss_mask[tree.index[end - count : end]] = True
-    ids = trajectory.token_ids
+    source, ids = place, trajectory.token_ids
+    stands_in = place >= tokens
+    if bool(stands_in.any()):
+        source = place.clone()
+        source[stands_in] = first[(place[stands_in] - tokens) // length]
+    token_ids = None if ids is None else ids[source]
+    if token_ids is not None and bool(stands_in.any()):
+        token_ids[stands_in] = torch.tensor(placeholder)[(place[stands_in] - tokens) % length]
+    weights = trajectory.weights
     return Layout(
         expiry=tree.expiry,
         floor=None,
@@ -258,23 +280,27 @@ def unroll(trajectory: Trajectory) -> Layout:
         document=torch.zeros_like(source),
         num_documents=1,
         source=source,
-        source_tokens=trajectory.num_tokens,
-        token_ids=None if ids is None else ids[source],
-        spans=_spans(trajectory, source),
+        source_tokens=tokens,
+        token_ids=token_ids,
+        spans=_spans(trajectory, place, length),
         positions="reprefill",
+        weights=None if weights is None else weights[source],
     )
 
 
-def _spans(trajectory: Trajectory, source: Tensor) -> tuple[Span, ...]:
-    """Where the pieces of the trajectory's segments lie, once its tokens are in this order."""
+def _spans(trajectory: Trajectory, place: Tensor, placeholder: int) -> tuple[Span, ...]:
+    """Where the pieces of the trajectory's segments lie, once its tokens, and behind them the
+    placeholders of its segments, are in this order."""
     counts = torch.tensor([segment.num_tokens for segment in trajectory.segments])
-    segment = torch.arange(len(counts)).repeat_interleave(counts)[source]
-    new = torch.ones(len(source), dtype=torch.bool)
-    new[1:] = (segment[1:] != segment[:-1]) | (source[1:] != source[:-1] + 1)
+    number = torch.arange(len(counts))
+    segment = torch.cat([number.repeat_interleave(counts), number.repeat_interleave(placeholder)])
+    segment = segment[place]
+    new = torch.ones(len(place), dtype=torch.bool)
+    new[1:] = (segment[1:] != segment[:-1]) | (place[1:] != place[:-1] + 1)
     starts = new.nonzero().flatten().tolist()
     return tuple(
         trajectory.spans[int(segment[start])]._replace(start=start, stop=stop)
-        for start, stop in zip(starts, [*starts[1:], len(source)], strict=True)
+        for start, stop in zip(starts, [*starts[1:], len(place)], strict=True)
     )
 
 

@@ -66,10 +66,16 @@ ERRORS = {
     "sft_steps: expected at least 1 to learn": {"transcripts": "x.jsonl"},
     "data, corpus: expected both for task 'qa', got '' and 'x'": {"task": "qa", "corpus": "x"},
     "model: expected one with a tokenizer for task 'factbook', got 'tiny'": {"task": "factbook"},
-    "retention: expected 'mem1', 'keep_all', 'keep_last(n)', 'fold' or 'module:function', got": {
-        "retention": "keep_some"
+    "fold, sub_agents or module:function, got 'keep_some'": {"retention": "keep_some"},
+    "got 'keep_last(0)' (turns: expected at least 1": {"retention": "keep_last(0)"},
+    "got 'strip_reasoning(1.5)' (keep: expected an": {"retention": "strip_reasoning(1.5)"},
+    "got 'clear_tool_results()' (": {"retention": "clear_tool_results()"},
+    "got 'keep_last(f())' (malformed": {"retention": "keep_last(f())"},
+    "credit: expected 'token' for grpo": {
+        "credit": "turn",
+        "algorithm": "grpo",
+        "group_size": 2,
     },
-    "got 'keep_last(0)'": {"retention": "keep_last(0)"},
     "retention: 'no_such_module:f' cannot be imported": {"retention": "no_such_module:f"},
     "retention: 'mem1_kernels:none' cannot be imported": {"retention": "mem1_kernels:none"},
 }

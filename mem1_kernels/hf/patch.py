@@ -43,6 +43,7 @@ _NOT_OURS = frozenset(
     {
         "cache_position",
         "ignore_index",
+        "loss_weights",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
@@ -76,7 +77,8 @@ def patch(model: Model) -> Model:
         loss = cross_entropy(logits[layout.predecessor[target]], layout.token_ids[target])
 
     or, where no token predicts several, pass `layout.shift_labels()[None]` as both `labels=` and
-    `shift_labels=`.
+    `shift_labels=`. Beside these, `loss_weights=` `[batch, tokens]` weighs the loss at each token
+    that predicts one: the sum is divided by `num_items_in_batch`, or else by the weights' sum.
 
     Args:
         model: a transformers causal model on the attention interface (transformers >= 5.9), with
@@ -98,7 +100,8 @@ def patch(model: Model) -> Model:
     - positions past a table of position embeddings (GPT-2, OPT, CTRL);
     - with a plan: cached tokens, layers of other kinds than full and sliding-window attention, a
       model that does not hand the plan to its attention, missing `position_ids` of a layout whose
-      positions are others than 0, 1, 2, ..., and `labels` that the shift by one makes wrong.
+      positions are others than 0, 1, 2, ..., and `labels` that the shift by one makes wrong;
+    - `loss_weights` without `shift_labels`, or of a model whose loss has other parts (experts).
 
     A model that is not patched ignores a plan silently, as transformers does with any keyword.
 
@@ -139,6 +142,7 @@ def patch(model: Model) -> Model:
         calls = inspect.unwrap(type(root).forward).__code__.co_names
         check_labels = partial(_check_labels, _names(root), "loss_function" in calls)
         guards.append(root.register_forward_pre_hook(check_labels, with_kwargs=True))
+        guards.append(root.register_forward_hook(_weigh_loss, with_kwargs=True))
     stack = stack_of(decoder)
     open_pass = partial(_open_pass, table_of(stack))
     guards.append(stack.register_forward_pre_hook(open_pass, with_kwargs=True))
@@ -315,6 +319,38 @@ def _check_labels(
             f"{message} at token {token} of row {row}; go by layout.predecessor, or pass "
             "shift_labels=layout.shift_labels()[None] too (see patch)"
         )
+
+
+def _weigh_loss(
+    module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any
+) -> Any | None:
+    """After the forward of a patched causal LM: `loss_weights` make its loss the weighted one."""
+    weights, labels = kwargs.get("loss_weights"), kwargs.get("shift_labels")
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = getattr(weights, "dtype", type(weights).__name__)
+        raise TypeError(f"loss_weights: expected a floating point tensor, got {got}")
+    if labels is None:
+        raise ValueError("loss_weights: expected shift_labels beside them, got none")
+    if weights.shape != labels.shape:
+        expected, got = list(labels.shape), list(weights.shape)
+        raise ValueError(f"loss_weights: expected {expected} like shift_labels, got {got}")
+    if not hasattr(output, "logits") or getattr(output, "aux_loss", None) is not None:
+        raise ValueError(
+            f"loss_weights: expected an output with logits, and no loss but theirs, of "
+            f"{type(module).__name__}; compute the loss from its logits"
+        )
+    logits = output.logits.float()
+    ignored = kwargs.get("ignore_index", -100)
+    labels, weights = labels.to(logits.device), weights.to(logits.device)
+    weights = weights.float().masked_fill(labels == ignored, 0)
+    each = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction="none"
+    )
+    count = kwargs.get("num_items_in_batch")
+    output.loss = (each * weights.flatten()).sum() / (weights.sum() if count is None else count)
+    return output
 
 
 def _open_pass(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import math
 import re
@@ -20,6 +21,7 @@ else:
 
 from mem1_kernels._secrets import public_address
 from mem1_kernels._text import printable
+from mem1_kernels.context_editing import clear_tool_results, strip_reasoning, sub_agents
 from mem1_kernels.ppo.losses import KLKind
 from mem1_kernels.retention import (
     Retention,
@@ -31,6 +33,11 @@ from mem1_kernels.retention import (
     retained,
 )
 from mem1_kernels.trajectory import Positions
+
+RETENTIONS = (
+    "mem1, keep_all, keep_last(n), strip_reasoning(n), clear_tool_results(n), fold, sub_agents"
+)
+"""The policies that the option `retention` knows by name."""
 
 # Largest and mean |log-prob of the rollout - log-prob of the trainer| that pass as rounding.
 TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 0.05)}
@@ -106,7 +113,7 @@ class Config:
     )
     # rollout
     positions: Positions = _option("kept", "pruned cache, or the live text sent again")
-    retention: str = _option("mem1", "mem1, keep_all, keep_last(n), fold, or module:function")
+    retention: str = _option("mem1", RETENTIONS + ", or module:function")
     max_turns: int = _option(20, "turns after which an episode is over", at_least(1))
     max_new_tokens: int = _option(16, "tokens after which a turn is cut", at_least(1))
     temperature: float = _option(1.0, "of sampling, and so of the policy that is trained", POSITIVE)
@@ -146,7 +153,10 @@ class Config:
     )
     kl_in: Literal["loss", "reward"] = _option("loss", "where the KL is; reward: at every token")
     kl_kind: KLKind = _option("k3", "estimator of the KL")
-    gamma: float = _option(1.0, "discount per generated token", SHARE)
+    credit: Literal["token", "turn"] = _option(
+        "token", "a step of ppo's GAE: a generated token, or all those of a turn"
+    )
+    gamma: float = _option(1.0, "discount per generated token, or turn (credit)", SHARE)
     lam: float = _option(1.0, "of GAE", SHARE)
     critic: Literal["head", "detached", "model"] = _option(
         "detached", "detached: a head that leaves the policy alone"
@@ -188,6 +198,10 @@ class Config:
             raise ValueError(
                 f"kl_in: expected 'loss' for {self.algorithm}, which scores whole episodes, "
                 "got 'reward'"
+            )
+        if self.credit == "turn" and self.algorithm != "ppo":
+            raise ValueError(
+                f"credit: expected 'token' for {self.algorithm}, which has no critic, got 'turn'"
             )
         if self.kl_in == "loss" and self.kl_kind == "k1" and self.kl_coef:
             raise ValueError(
@@ -313,19 +327,31 @@ def retention_of(name: str) -> Retention:
 
     >>> retention_of("keep_last(2)").__name__
     'keep_last(2)'
+    >>> retention_of("clear_tool_results(2000, keep=2)")
+    clear_tool_results(2000, keep=2)
     """
-    named = {"mem1": mem1, "keep_all": keep_all, "fold": fold}
+    named = {"mem1": mem1, "keep_all": keep_all, "fold": fold, "sub_agents": sub_agents}
     if name in named:
         return named[name]
+    made: dict[str, Callable[..., Retention]] = {
+        "keep_last": keep_last,
+        "strip_reasoning": strip_reasoning,
+        "clear_tool_results": clear_tool_results,
+    }
+    try:
+        call: Any = ast.parse(name.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        call = None
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in made:
+        try:
+            arguments = [ast.literal_eval(argument) for argument in call.args]
+            options = {str(item.arg): ast.literal_eval(item.value) for item in call.keywords}
+            return made[call.func.id](*arguments, **options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"retention: expected a policy, got {name!r} ({error})") from error
     if ":" in name:
         return _checked(load_object("retention", name), name)
-    number = re.fullmatch(r"keep_last\(([1-9]\d*)\)", name)
-    if number is None:
-        raise ValueError(
-            "retention: expected 'mem1', 'keep_all', 'keep_last(n)', 'fold' or 'module:function', "
-            f"got {name!r}"
-        )
-    return keep_last(int(number.group(1)))
+    raise ValueError(f"retention: expected {RETENTIONS} or module:function, got {name!r}")
 
 
 def _checked(retention: Any, name: str) -> Retention:

@@ -105,8 +105,8 @@ class HFEngine:
             TypeError: a prompt that is not a sequence of integers.
             ValueError: no prompts or an empty one, ids outside the vocabulary, replies for another
                 number of rows, stop_strings without a tokenizer, or a policy that drops inside a
-                turn, takes back a drop, or hides with a floor what the cache still holds.
-                (A reply that cannot be used ends its row: see `run_turns`.)
+                turn without a mark, takes back a drop, or hides with a floor what the cache still
+                holds. (A reply that cannot be used ends its row: see `run_turns`.)
             FloatingPointError: logits that are not numbers.
         """
         generation = Generation() if generation is None else generation
@@ -141,6 +141,8 @@ class _CacheBackend:
     Drops are collected and done before the next feed, so a turn boundary costs one prune.
     """
 
+    marks = True
+
     def __init__(
         self,
         engine: HFEngine,
@@ -170,6 +172,7 @@ class _CacheBackend:
         """Samples one turn in each row, all rows side by side."""
         self._feed()
         turns = {row.index: Written([], [], closed=False) for row in rows}
+        row_of = {row.index: row for row in rows}
         writing = [row.index for row in rows]
         for _ in range(self.generation.max_new_tokens):
             if not writing:
@@ -187,6 +190,9 @@ class _CacheBackend:
                 if self.on_tokens is not None:
                     self.on_tokens(index, [token])
                 turn.closed = self._stops(turn.token_ids)
+            for index in writing:
+                row = row_of[index]
+                self.drop(row, row.wrote_on(number, turns[index].token_ids))
             self._feed()
             writing = [index for index in writing if not turns[index].closed]
         return list(turns.values())
