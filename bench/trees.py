@@ -48,8 +48,6 @@ from mem1_kernels import BlockPlan, Layout, TokenRow, pack, pack_tree, visible
 from mem1_kernels.hf import patch
 
 VOCABULARY = 1024
-DENSE_LIMIT = 20_000
-"""Tokens above which a tokens x tokens mask is not tried."""
 
 
 def tokens_of(rng: random.Random, count: int) -> list[int]:
@@ -229,13 +227,9 @@ def _status(name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def why_not(way: str, pass_name: str, tokens: int, device: str) -> str:
-    """Why a way is not run; empty if it is."""
-    if way == "flex" and pass_name == "step" and device == "cpu":
-        return "FlexAttention has no backward on the CPU"
-    if way == "dense" and tokens > DENSE_LIMIT:
-        return f"a mask of {tokens:,} x {tokens:,} is over the limit of this benchmark"
-    return ""
+def has_step(way: str, device: str) -> bool:
+    """FlexAttention has no backward on the CPU."""
+    return way != "flex" or device != "cpu"
 
 
 def rows_for(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -247,7 +241,8 @@ def rows_for(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for way in ("ours", *options.ways):
         layouts = layouts_for(way, rows, device)
         tokens = sum(layout.num_tokens for layout in layouts)
-        if why := why_not(way, "", tokens, device):
+        if way == "dense" and tokens > options.dense_limit:
+            why = f"a mask of {tokens:,} x {tokens:,}: see --dense-limit"
             found.append({"layout": name, "way": way, "tokens": tokens, "skipped": why})
             continue
         if way == "flex":
@@ -262,8 +257,7 @@ def rows_for(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
         def whole(way: str = way, model: Any = model, layouts: list[Layout] = layouts) -> None:
             ways[way] = Way(model, layouts, [MASKS[way](layout) for layout in layouts])
-            alone = why_not(way, "step", ways[way].tokens, device)
-            ways[way].forward() if alone else ways[way].step()
+            ways[way].step() if has_step(way, device) else ways[way].forward()
 
         about[way]["peak_mb"] = peak_mb(whole, device)
         model.zero_grad()
@@ -279,7 +273,7 @@ def rows_for(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         able = {
             way: getattr(prepared, pass_name)
             for way, prepared in ways.items()
-            if not why_not(way, pass_name, prepared.tokens, device)
+            if pass_name == "forward" or has_step(way, device)
         }
         times = measure(able, **{**timing, "warmup": 0})
         for way, timed in times.items():
@@ -323,6 +317,7 @@ def make_parser() -> argparse.ArgumentParser:
     ways = [way for way in MASKS if way != "ours"]
     add("--layouts", nargs="+", choices=list(LAYOUTS), default=usual, help="what is trained on")
     add("--ways", nargs="*", choices=ways, default=ways, help="what runs beside ours")
+    add("--dense-limit", type=int, default=10_000, help="most tokens of a tokens x tokens mask")
     add("--layers", type=int, default=2, help="of the model")
     add("--hidden", type=int, default=256, help="its width, a multiple of 256")
     add("--seconds", type=float, default=300.0, help="bound on one measurement, in seconds")

@@ -188,11 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(printable(f"{PROGRAM}: error: {' '.join(said.split())}"), file=sys.stderr)
         return 2
     if options.json:
-        said = faults(found, options.trainer, options.allowed)
+        why = faults(found, options.trainer, options.allowed)
         code = code_of(found, options.trainer, options.allowed)
         verdict = {0: "pass", 1: "fail", 3: "cannot tell"}[code]
         extra = {"source": batch.source, "trainer": options.trainer, "verdict": verdict}
-        print(json.dumps(_finite({**extra, "faults": said, **asdict(found)}), allow_nan=False))
+        print(json.dumps(_finite({**extra, "faults": why, **asdict(found)}), allow_nan=False))
         return code
     print(printable(text(found, batch, options)))
     return code_of(found, options.trainer, options.allowed)
