@@ -235,6 +235,7 @@ def has_step(way: str, device: str) -> bool:
 def rows_for(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All passes of one layout."""
     rows, device = LAYOUTS[name](), options.device
+    case = {"part": "tree", "layout": name, "rows": len(rows)}
     found: list[dict[str, Any]] = []
     ways: dict[str, Way] = {}
     about: dict[str, dict[str, Any]] = {}
@@ -243,7 +244,7 @@ def rows_for(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         tokens = sum(layout.num_tokens for layout in layouts)
         if way == "dense" and tokens > options.dense_limit:
             why = f"a mask of {tokens:,} x {tokens:,}: see --dense-limit"
-            found.append({"layout": name, "way": way, "tokens": tokens, "skipped": why})
+            found.append({**case, "way": way, "tokens": tokens, "skipped": why})
             continue
         if way == "flex":
             torch._dynamo.reset()  # past a limit of recompilations it would go on uncompiled
@@ -277,7 +278,7 @@ def rows_for(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         times = measure(able, **{**timing, "warmup": 0})
         for way, timed in times.items():
-            row = {"layout": name, "pass": pass_name, "way": way, **about[way], **timed.row()}
+            row = {**case, "pass": pass_name, "way": way, **about[way], **timed.row()}
             row["seconds"] = timed.median
             found.append({**row, "over_ours": timed.over(times["ours"])})
     return found
@@ -298,14 +299,14 @@ def pack_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         runs = {"ours": partial(pack_tree, rows)}
         timed = measure(runs, device="cpu", rounds=options.rounds, warmup=1)["ours"]
         tree = pack_tree(rows)
-        row = {"layout": name, "pass": "pack", "way": "ours", "tokens": tree.num_tokens}
+        row = {"part": "pack", "layout": name, "way": "ours", "tokens": tree.num_tokens}
         found.append(
             {**row, "source_tokens": tree.source_tokens, "seconds": timed.median, **timed.row()}
         )
     return found
 
 
-COLUMNS = ["layout", "pass", "way", "tokens", "seconds", "over_ours", "plan_ms", "first_s"]
+COLUMNS = ["part", "layout", "pass", "way", "tokens", "seconds", "over_ours", "plan_ms", "first_s"]
 COLUMNS += ["peak_mb", "mean_log_prob", "skipped"]
 QUICK = {"layouts": ["group8_1k", "tau"], "layers": 1, "rounds": 1}
 

@@ -325,7 +325,9 @@ WRONG = {
     "line 2: token_ids: expected at least one token": {"token_ids": [], "loss_mask": []},
     "line 2: token_ids: expected ids below": {**GOOD, "token_ids": [5, 6, 10**6]},
     "line 2: loss_mask: expected 3 values like token_ids, got 2": {**GOOD, "loss_mask": [0, 1]},
-    "line 2: loss_mask: the first token is in the loss": {**GOOD, "loss_mask": [1, 0, 0], "log_probs": None},
+    "line 2: loss_mask: the first token is in the loss": {
+        "token_ids": [5], "loss_mask": [1],
+    },
     "line 2: log_probs: expected finite numbers": {**GOOD, "log_probs": [None, None, -1]},
     "line 2: log_probs: expected a list, got str": {**GOOD, "log_probs": "-1"},
     "line 2: evicted_at: expected 3 values like token_ids, got 1": {**GOOD, "evicted_at": [None]},
