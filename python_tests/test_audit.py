@@ -75,7 +75,7 @@ def test_a_pruned_rollout_leaks_into_a_causal_trainer_and_not_into_an_exact_one(
     file = write(tmp_path / "batch.jsonl", lines_of(made))
     assert main([folder, file]) == 1
     said = capsys.readouterr().out
-    assert "fail: tokens in the loss see tokens that were gone; more than 1.00% of" in said
+    assert "fail: tokens in the loss see tokens that were gone\n      more than 1.00% of" in said
     assert main([folder, file, "--trainer", "exact"]) == 0
     assert "pass: the trainer (exact) sees what the rollout saw" in capsys.readouterr().out
     assert main([folder, file, "--json"]) == 1

@@ -91,7 +91,7 @@ def text(found: Findings, batch: Batch, options: argparse.Namespace) -> str:
     said = faults(found, options.trainer, options.allowed)
     verdict = {
         0: f"pass: the trainer ({options.trainer}) sees what the rollout saw",
-        1: f"fail: {'; '.join(said)}",
+        1: "fail: " + "\n      ".join(said),
         3: "cannot tell: no log-probs were recorded",
     }[code_of(found, options.trainer, options.allowed)]
     return "\n".join([*(f"{name:11}{said}" for name, said in lines), verdict])

@@ -38,13 +38,16 @@ if _found[1:6] != _EXPECTED:
 class TrajectoryGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer, whose forward passes see what the rollouts saw.
 
-    The model must be patched (`mem1_kernels.hf.patch`). `rollout_func(prompts, trainer)` returns
-    `trainer.take(rollouts)`. A row of TRL's batch finds its layout again by its tokens. Of a
-    configuration all goes on working but what reads or changes rows in that one method: images,
-    `mask_truncated_completions`, and the load-balancing loss of experts raise.
+    Its arguments are GRPOTrainer's, and `rollout_func(prompts, trainer)` returns
+    `trainer.take(rollouts)`. A row of TRL's batch finds its layout again by its tokens.
+    examples/grpo_trl.py is a whole run. TRL computes under bfloat16 autocast by default;
+    `bf16=False` computes as an engine in float32 does.
 
-    >>> TrajectoryGRPOTrainer.__mro__[1].__name__
-    'GRPOTrainer'
+    Raises:
+        ValueError: a model that is not patched (`mem1_kernels.hf.patch`); in a step, images,
+            `mask_truncated_completions`, the load-balancing loss of experts, or rows that `take`
+            did not return.
+        ImportError (of the module): no trl, or one whose method takes other arguments.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
