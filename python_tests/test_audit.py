@@ -309,7 +309,7 @@ def test_trl_ids(saved, tmp_path):
     assert main([folder, str(path)]) == 0
     table["logprobs"] = [[-1.0]]
     pandas.DataFrame(table).to_parquet(path)
-    with pytest.raises(ValueError, match="row 0: logprobs: expected 3 values like completion_ids"):
+    with pytest.raises(ValueError, match="row 0: logprobs: expected 3 values, got 1"):
         read_batch(path)
 
 
@@ -322,6 +322,7 @@ WRONG = {
     "line 2: logprobs: expected one of token_ids, loss_mask": {**GOOD, "logprobs": []},
     "line 2: token_ids: expected torch.int64": {**GOOD, "token_ids": [1.5, 2, 3]},
     "line 2: token_ids: expected ids >= 0, got -1": {**GOOD, "token_ids": [-1, 2, 3]},
+    "line 2: token_ids: expected numbers": {**GOOD, "token_ids": [2**70, 2, 3]},
     "line 2: token_ids: expected at least one token": {"token_ids": [], "loss_mask": []},
     "line 2: token_ids: expected ids below": {**GOOD, "token_ids": [5, 6, 10**6]},
     "line 2: loss_mask: expected 3 values like token_ids, got 2": {**GOOD, "loss_mask": [0, 1]},
@@ -361,6 +362,8 @@ def test_wrong_files_and_options_are_named_in_one_line(saved, tmp_path, capsys):
         tmp_path / "mask.pt",
     )
     torch.save([1], tmp_path / "list.pt")
+    torch.save({"samples": [{"tokens": None, "response_length": 0}]}, tmp_path / "none.pt")
+    torch.save({"samples": [{"tokens": [1, None], "response_length": 1}]}, tmp_path / "null.pt")
     (tmp_path / "bytes.pt").write_bytes(b"nothing")
     (tmp_path / "bytes.parquet").write_bytes(b"nothing")
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -370,6 +373,8 @@ def test_wrong_files_and_options_are_named_in_one_line(saved, tmp_path, capsys):
     cases = {
         "sample 0: response_length: expected 0 to 2, the tokens, got 3": [tmp_path / "long.pt"],
         "sample 0: loss_mask: expected 1 values, got 2": [tmp_path / "mask.pt"],
+        "sample 0: tokens: expected a list, got NoneType": [tmp_path / "none.pt"],
+        "sample 0: token_ids: expected": [tmp_path / "null.pt"],
         "list.pt: expected slime's debug rollout data": [tmp_path / "list.pt"],
         "bytes.pt: expected slime's debug rollout data": [tmp_path / "bytes.pt"],
         "bytes.parquet: expected TRL's table": [tmp_path / "bytes.parquet"],

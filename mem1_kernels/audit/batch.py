@@ -106,7 +106,7 @@ def _named(path: Path, where: str) -> Iterator[None]:
     """Errors inside name the file and the place."""
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         text = f"{error.args[0]}: missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}, {where}: {text}") from None
 
@@ -240,7 +240,7 @@ def _read_slime(path: Path, tokenizer: Any) -> Batch:
     for number, said in enumerate(samples):
         where = f"sample {number}"
         with _named(path, where):
-            ids = torch.as_tensor(said["tokens"], dtype=torch.int64)
+            ids = _list("tokens", said["tokens"])
             response = said["response_length"]
             if type(response) is not int or not 0 <= response <= len(ids):
                 raise ValueError(
@@ -248,31 +248,37 @@ def _read_slime(path: Path, tokenizer: Any) -> Batch:
                 )
             if len(ids) == 0:
                 continue  # aborted before anything was written
-            parts = {"loss_mask": said.get("loss_mask"), "log_probs": said.get("rollout_log_probs")}
-            for name, values in parts.items():
-                if values is not None and len(values) != response:
-                    raise ValueError(f"{name}: expected {response} values, got {len(values)}")
-            mask = torch.zeros(len(ids), dtype=torch.int64)
-            own = [1] * response if parts["loss_mask"] is None else parts["loss_mask"]
-            mask[len(ids) - response :] = torch.as_tensor(own, dtype=torch.int64)
+            before = len(ids) - response
+            own = _behind(said, "loss_mask", response, [1] * response)
+            log_probs = _behind(said, "rollout_log_probs", response, None)
             if said.get("remove_sample"):
-                mask.zero_()
-            log_probs = None
-            if parts["log_probs"] is not None:
-                log_probs = torch.full((len(ids),), torch.nan)
-                log_probs[len(ids) - response :] = torch.as_tensor(parts["log_probs"])
-            rows.append(
-                _row(
-                    where,
-                    {
-                        "token_ids": ids,
-                        "loss_mask": mask,
-                        "log_probs": log_probs,
-                        "sample": said.get("rollout_id"),
-                    },
-                )
-            )
+                own = [0] * response
+            made = {
+                "token_ids": ids,
+                "loss_mask": [0] * before + own,
+                "log_probs": None if log_probs is None else [None] * before + log_probs,
+                "sample": said.get("rollout_id"),
+            }
+            rows.append(_row(where, made))
     return Batch(tuple(rows), "slime's debug rollout data", has_ids=True)
+
+
+def _list(name: str, values: Any) -> list[Any]:
+    if isinstance(values, Tensor):
+        return list(values.tolist())
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name}: expected a list, got {type(values).__name__}")
+    return list(values)
+
+
+def _behind(said: Mapping[str, Any], name: str, count: int, default: Any) -> Any:
+    """The values of the last `count` tokens, or the default where there are none."""
+    if said.get(name) is None:
+        return default
+    values = _list(name, said[name])
+    if len(values) != count:
+        raise ValueError(f"{name}: expected {count} values, got {len(values)}")
+    return values
 
 
 def _read_trl(path: Path, tokenizer: Any) -> Batch:
@@ -296,26 +302,14 @@ def _read_trl(path: Path, tokenizer: Any) -> Batch:
             if not has_ids:
                 rows.append(_from_text(where, said, ("prompt", "completion"), tokenizer, None))
                 continue
-            before, after = said["prompt_ids"], said["completion_ids"]
-            own = said.get("env_mask")
-            log_probs = said.get("logprobs")
-            for name, values in (("env_mask", own), ("logprobs", log_probs)):
-                if values is not None and len(values) != len(after):
-                    raise ValueError(
-                        f"{name}: expected {len(after)} values like completion_ids, "
-                        f"got {len(values)}"
-                    )
-            rows.append(
-                _row(
-                    where,
-                    {
-                        "token_ids": [*before, *after],
-                        "loss_mask": [0] * len(before)
-                        + ([1] * len(after) if own is None else list(own)),
-                        "log_probs": None
-                        if log_probs is None
-                        else [None] * len(before) + list(log_probs),
-                    },
-                )
-            )
+            before = _list("prompt_ids", said["prompt_ids"])
+            after = _list("completion_ids", said["completion_ids"])
+            own = _behind(said, "env_mask", len(after), [1] * len(after))
+            log_probs = _behind(said, "logprobs", len(after), None)
+            made = {
+                "token_ids": before + after,
+                "loss_mask": [0] * len(before) + own,
+                "log_probs": None if log_probs is None else [None] * len(before) + log_probs,
+            }
+            rows.append(_row(where, made))
     return Batch(tuple(rows), "TRL's completions", has_ids)

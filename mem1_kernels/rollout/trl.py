@@ -100,8 +100,12 @@ class TrajectoryGRPOTrainer(GRPOTrainer):
         for name, values in columns.items():
             if len(values) != len(rollouts):
                 raise ValueError(f"{name}: expected {len(rollouts)} values, got {len(values)}")
-        self._layouts[self.model.training] = known
+        self._layouts[self._is_training()] = known
         return {**made, **columns}
+
+    def _is_training(self) -> bool:
+        assert self.model is not None
+        return bool(self.model.training)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -132,7 +136,7 @@ class TrajectoryGRPOTrainer(GRPOTrainer):
 
     def _score(self, model: Any, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
         """Log-probs and entropies at the generated tokens of padded rows, 0 elsewhere."""
-        known = self._layouts.get(self.model.training, {})
+        known = self._layouts.get(self._is_training(), {})
         layouts = []
         for ids, own in zip(input_ids, mask, strict=True):
             layout = known.get(tuple(ids[own].tolist()))
