@@ -80,6 +80,8 @@ def test_a_small_run_keeps_its_results_and_makes_a_page(name, tmp_path, monkeypa
         tokens = {row["way"]: row["tokens"] for row in found}
         assert tokens["apart"] == tokens["packed"] == 3 * 660
         assert tokens["ours"] == tokens["dense"] == 660 + 480 + 320
+        monkeypatch.setattr(report, "load", lambda name: content)
+        assert "| 1,460 of 1,980 | 1.4x |" in report.trees()
 
     monkeypatch.setattr(all_of_them, "committed", list)  # no history of other runs
     assert all_of_them.main(["--report", str(out), "--out", str(tmp_path / "page")]) == 0
