@@ -384,6 +384,8 @@ def test_wrong_files_and_options_are_named_in_one_line(saved, tmp_path, capsys):
         "none.jsonl: No such file": [tmp_path / "none.jsonl"],
         "clip: expected more than 0 and less than 1": [good, "--clip", "2"],
         "temperature: expected more than 0": [good, "--temperature", "0"],
+        "tokens: expected at least 1, got 0": [good, "--tokens", "0"],
+        "device: ": [good, "--device", "nowhere"],
     }
     for message, arguments in cases.items():
         assert main([folder, *map(str, arguments)]) == 2, message

@@ -87,13 +87,16 @@ def audit(
         tokens: of one forward pass, at most; a longer row has a pass of its own.
 
     Raises:
-        ValueError: an id outside the model's vocabulary, positions past those where its RoPE
-            changes, or a model whose logits `mem1_kernels.ppo` cannot compute; names it.
+        ValueError: clip, temperature or tokens out of range, an id outside the model's vocabulary,
+            positions past those where its RoPE changes, or a model whose logits `mem1_kernels.ppo`
+            cannot compute; names it.
     """
     if not 0 < clip < 1:
         raise ValueError(f"clip: expected more than 0 and less than 1, got {clip}")
     if not temperature > 0:
         raise ValueError(f"temperature: expected more than 0, got {temperature}")
+    if tokens < 1:
+        raise ValueError(f"tokens: expected at least 1, got {tokens}")
     rows = batch.rows
     _check_ids(model, rows)
     leaks = [_leaks(row) for row in rows]
