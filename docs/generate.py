@@ -20,6 +20,7 @@ from bench.report import ablation, attention, filled, hops, markdown, prune, rol
 from mem1_kernels import (
     Layout,
     Segment,
+    TokenRow,
     Trajectory,
     clear_tool_results,
     fold,
@@ -28,12 +29,14 @@ from mem1_kernels import (
     mem1_release,
     memento,
     pack,
+    pack_tree,
     strip_reasoning,
     sub_agents,
     unroll,
 )
 from mem1_kernels.ppo.config import Option
 from mem1_kernels.ppo.config import options as config_options
+from mem1_kernels.trajectory import Span
 
 DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
@@ -105,6 +108,34 @@ def member(state: int, info: int) -> Trajectory:
     return Trajectory([Segment("prompt", 30), *first, *turn(2)[:-1]])
 
 
+def branching() -> Layout:
+    """A run of three turns, a retry of the third, a sub-agent, and what follows a compaction."""
+    runs = [
+        ["prompt", *turn_pieces(1), *turn_pieces(2), *turn_pieces(3)],
+        ["prompt", *turn_pieces(1), *turn_pieces(2), *turn_pieces("3 again")],
+        ["prompt", *turn_pieces(1), "info: task", *turn_pieces("sub-agent"), "action: report"],
+        ["prompt", "state: summary", *turn_pieces(4)],
+    ]
+    lengths = {"prompt": 20, "state": 5, "action": 3, "info": 24}
+    names = list(dict.fromkeys(piece for run in runs for piece in run))
+    pieces = [[(names.index(p), lengths[p.partition(":")[0]]) for p in run] for run in runs]
+    rows = [TokenRow([100 * n + i for n, count in run for i in range(count)]) for run in pieces]
+    tree = pack_tree(rows)
+    assert tree.token_ids is not None
+    found = (tree.token_ids // 100).tolist()
+    starts = [at for at in range(len(found)) if at == 0 or found[at] != found[at - 1]]
+    return tree.replaced(
+        spans=tuple(
+            Span(names[found[start]].partition(":")[0], 0, start, stop)
+            for start, stop in zip(starts, [*starts[1:], len(found)], strict=True)
+        )
+    )
+
+
+def turn_pieces(name: int | str) -> list[str]:
+    return [f"{role}: turn {name}" for role in ("state", "action", "info")]
+
+
 PICTURES: dict[str, Callable[[], Layout]] = {
     "mem1": lambda: Trajectory(segments(4)),
     "mem1_release": lambda: Trajectory(segments(4), mem1_release),
@@ -120,6 +151,7 @@ PICTURES: dict[str, Callable[[], Layout]] = {
     "own_policy": lambda: Trajectory(segments(4), forget_observations),
     "packed": lambda: pack([Trajectory(segments(2)), Trajectory(segments(3))]),
     "group": lambda: pack([[member(8, 20), member(4, 30), member(12, 16)]]),
+    "branching": branching,
     "unrolled": lambda: unroll(Trajectory(segments(4))),
 }
 """The masks that the pages show, by the names of their files."""
