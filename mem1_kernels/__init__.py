@@ -27,7 +27,7 @@ from mem1_kernels.retention import (
     mem1,
     mem1_release,
 )
-from mem1_kernels.trajectory import Layout, Trajectory, pack
+from mem1_kernels.trajectory import Layout, Trajectory, compacted, pack
 from mem1_kernels.tree import TokenRow, TreeLayout, pack_tree, unroll
 
 __version__ = "0.2.0"
@@ -44,6 +44,7 @@ __all__ = [
     "append_kv_",
     "cached_attention",
     "clear_tool_results",
+    "compacted",
     "fold",
     "keep_all",
     "keep_last",

@@ -19,10 +19,11 @@ from mem1_kernels.evictions import recorded
 from mem1_kernels.mask import visible_pairs
 from mem1_kernels.retention import ROLES, Retention, Segment, listed, mem1, retained
 
-Positions: TypeAlias = Literal["kept", "reprefill"]
+Positions: TypeAlias = Literal["kept", "compact", "reprefill"]
 """Which positions a rollout and the layout that trains it use: "kept" positions go on counting over
-dropped tokens, as in a cache that is pruned; "reprefill" positions are compact, as in an engine
-that sends the live text again."""
+dropped tokens, as in a cache that is pruned; with "compact" ones that cache also moves what is left
+to positions 0, 1, 2, ...; "reprefill" positions are those of an engine that sends the live text
+again."""
 
 
 def check_positions(value: object, name: str = "positions") -> Positions:
@@ -37,7 +38,8 @@ def check_positions(value: object, name: str = "positions") -> Positions:
     for form in get_args(Positions):
         if isinstance(value, str) and value == form:
             return form
-    expected = " or ".join(repr(form) for form in get_args(Positions))
+    *others, final = map(repr, get_args(Positions))
+    expected = f"{', '.join(others)} or {final}"
     raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
@@ -67,6 +69,9 @@ class Layout:
                                `torch.cat(per_trajectory_values)[source]` has this layout's order
         token_ids       int64  None: the segments were given as counts
         weights         float32  of each token in the loss; None: 1 for all
+        prompt_stop     int64  "compact" only: where the prompt that this token sees ends
+        kept_position_ids      int64  "compact" only: the positions at which a query meets all keys
+                               but its prompt's; it meets these at position_ids
 
     `spans` says where each segment lies. `source_tokens` is the number of tokens of all
     trajectories together; it differs from `num_tokens` where a layout repeats tokens or shares a
@@ -93,12 +98,18 @@ class Layout:
     spans: tuple[Span, ...]
     positions: Positions
     weights: Tensor | None = None
+    prompt_stop: Tensor | None = None
+    kept_position_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
+        for name in _OF_COMPACT:
+            if (getattr(self, name) is None) == (self.positions == "compact"):
+                expected = "a tensor" if self.positions == "compact" else "None"
+                raise ValueError(f"{name}: expected {expected} for {self.positions!r} positions")
         for name in _PER_TOKEN:
             value = getattr(self, name)
-            if value is None and name in ("floor", "token_ids", "weights"):
+            if value is None and name in ("floor", "token_ids", "weights", *_OF_COMPACT):
                 continue
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -283,8 +294,13 @@ _PER_TOKEN = (
     "source",
     "token_ids",
     "weights",
+    "prompt_stop",
+    "kept_position_ids",
 )
 """The fields of a Layout that are tensors."""
+
+_OF_COMPACT = ("prompt_stop", "kept_position_ids")
+"""The fields that a Layout of "compact" positions has, and no other."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -437,6 +453,59 @@ def _prompt_tokens(layout: Layout) -> int:
     return stop
 
 
+def compacted(trajectory: Trajectory) -> Layout:
+    """The layout of a trajectory whose rollout moved what was left at every boundary ("compact").
+
+    In the cache the prompt is followed by one run of the newest tokens, without a gap. So a query
+    meets the keys of that run at the distance they were written at, and the prompt's keys at the
+    distance that is left. Each token is in the layout once. A forward pass computes at the cache's
+    `position_ids`, which stay below the peak context; attention to the run turns its queries and
+    keys on to `kept_position_ids`, and so to the distance at which they were written.
+
+    Raises:
+        TypeError: something that is not a Trajectory.
+        ValueError: a policy that drops a part of the prompt, has floors, or leaves anything else
+            than the prompt and one run of the newest tokens (`fold`).
+
+    >>> turn = lambda t: [Segment("action", 2, t), Segment("info", 3, t)]
+    >>> layout = compacted(Trajectory([Segment("prompt", 2), *turn(1), *turn(2)]))
+    >>> layout.kept_position_ids.tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    >>> layout.position_ids.tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6]
+    """
+    if not isinstance(trajectory, Trajectory):
+        raise TypeError(f"trajectory: expected a Trajectory, got {type(trajectory).__name__}")
+    name = getattr(trajectory.retention, "__name__", repr(trajectory.retention))
+    prompt, expiry = _prompt_tokens(trajectory), trajectory.expiry.long()
+    behind = expiry[prompt:]
+    wrong = ""
+    if trajectory.floor is not None:
+        wrong = "has floors"
+    elif bool((expiry[:prompt] < trajectory.num_tokens).any()):
+        wrong = "drops the prompt"
+    elif bool((behind.diff() < 0).any()):
+        wrong = "drops tokens between others that stay"
+    if wrong:
+        raise ValueError(f"retention: {ONE_RUN}; {name} {wrong}")
+    index = torch.arange(trajectory.num_tokens)
+    dropped = torch.searchsorted(behind.contiguous(), index, right=True)
+    dropped = torch.minimum(dropped, (index - prompt).clamp(min=0))
+    values = {field.name: getattr(trajectory, field.name) for field in fields(Layout)}
+    changes = {
+        "positions": "compact",
+        "prompt_stop": torch.full_like(index, prompt),
+        "position_ids": index - dropped,
+        "kept_position_ids": index,
+    }
+    return Layout(**{**values, **changes})
+
+
+ONE_RUN = (
+    "positions='compact' needs a policy that leaves the prompt and one run of the newest tokens"
+)
+
+
 def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
     """Puts trajectories into one row for one forward pass; none sees another.
 
@@ -505,7 +574,7 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
             parts["predecessor"].append(torch.where(before < 0, before, place(before))[rest])
             parts["document"].append((member.document + document_base)[rest])
             parts["source"].append((member.source + source_base)[rest])
-            for name in ("position_ids", "loss_mask", "token_ids"):
+            for name in ("position_ids", "loss_mask", "token_ids", "kept_position_ids"):
                 if getattr(member, name) is not None:
                     parts[name].append(getattr(member, name)[rest])
             if has_weights:
@@ -513,6 +582,9 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
                 if given is None:
                     given = torch.ones(member.num_tokens, device=member.expiry.device)
                 parts["weights"].append(given[rest])
+            if member.prompt_stop is not None:
+                # The stop is exclusive: it goes where the prompt's last token goes.
+                parts["prompt_stop"].append((place(member.prompt_stop - 1) + 1)[rest])
             if has_floor:
                 floor = torch.zeros_like(expiry) if member.floor is None else member.floor
                 parts["floor"].append(place(floor)[rest])

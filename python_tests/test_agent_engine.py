@@ -527,7 +527,9 @@ def test_an_address_that_is_no_text():
 
 
 def test_other_arguments(model, server):
-    with pytest.raises(ValueError, match="positions: expected 'kept' or 'reprefill', got 'both'"):
+    with pytest.raises(
+        ValueError, match="positions: expected 'kept', 'compact' or 'reprefill', got 'both'"
+    ):
         HFEngine(model, positions="both")
     for prompts in ([], [[1], []]):
         with pytest.raises(ValueError, match="prompts: expected at least one"):

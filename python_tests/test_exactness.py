@@ -653,7 +653,7 @@ def test_a_prompt_may_be_dropped_from_a_kept_cache_only():
 
 
 ERRORS = {
-    "positions: expected 'kept' or 'reprefill', got 'compact'": {"positions": "compact"},
+    "positions: expected 'kept', 'compact' or 'reprefill', got 'dense'": {"positions": "dense"},
     "max_turns: expected at least 1, got 0": {"max_turns": 0},
     "max_new_tokens: expected at least 1, got 0": {"max_new_tokens": 0},
     "temperature: expected 0 or more, got -1": {"temperature": -1},

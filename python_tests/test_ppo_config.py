@@ -59,7 +59,7 @@ ERRORS = {
         "kl_in": "reward",
     },
     "kl_kind: expected 'k2' or 'k3' in the loss": {"kl_kind": "k1"},
-    "sft_jump: expected 0 for compact (re-prefilled) positions, got 1": {
+    "sft_jump: expected 0 for 'reprefill' positions, got 1": {
         "positions": "reprefill",
         "sft_jump": 1,
     },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -30,8 +30,10 @@ from mem1_kernels.hf.decoder import (
     stack_of,
     table_of,
 )
+from mem1_kernels.hf.rotation import angles, find_rope, turn
 from mem1_kernels.mask import windowed
 from mem1_kernels.ops.attention import trajectory_attention
+from mem1_kernels.ops.rope import Rope
 
 NAME = "mem1"
 """The name under which transformers knows this attention."""
@@ -144,7 +146,7 @@ def patch(model: Model) -> Model:
         guards.append(root.register_forward_pre_hook(check_labels, with_kwargs=True))
         guards.append(root.register_forward_hook(_weigh_loss, with_kwargs=True))
     stack = stack_of(decoder)
-    open_pass = partial(_open_pass, table_of(stack))
+    open_pass = partial(_open_pass, table_of(stack), _Rotation())
     guards.append(stack.register_forward_pre_hook(open_pass, with_kwargs=True))
     guards.append(stack.register_forward_hook(_close_pass, with_kwargs=True))
     setattr(root, _STATE, _Patch(before, guards))
@@ -195,9 +197,35 @@ def is_patched(model: nn.Module) -> bool:
     return hasattr(root_of(model), _STATE)
 
 
+def rope_of(model: nn.Module) -> Rope:
+    """The rotation of the model's queries and keys, as `prune_kv_` takes it, found by feeding it
+    one token at several positions.
+
+    Raises:
+        ValueError: as `patch`; and a model whose positions are not a rotation by fixed frequencies
+            (no RoPE, "dynamic", "longrope").
+
+    >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+    >>> model = Qwen2ForCausalLM(Qwen2Config(
+    ...     vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=1))
+    >>> rope_of(model).inv_freq[0].shape, rope_of(model).layout
+    (torch.Size([8]), 'half')
+    """
+    with patched(model):
+        return find_rope(stack_of(decoder_of(root_of(model))))
+
+
 def _register() -> None:
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _make_mask)
+
+
+@dataclass
+class _Rotation:
+    """A patched model's rotation, once a pass has needed it."""
+
+    rope: Rope | None = None
 
 
 @dataclass
@@ -354,7 +382,11 @@ def _weigh_loss(
 
 
 def _open_pass(
-    table: PositionTable | None, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    table: PositionTable | None,
+    rotation: _Rotation,
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Before the layers: a TrajectoryCache takes the mask and returns the positions. A pass under a
     plan fills no cache: the cache would not know what the plan dropped."""
@@ -386,7 +418,12 @@ def _open_pass(
             "plan: expected a model of full and sliding-window attention only, but "
             f"{type(module).__name__} has layers of other kinds: {other}"
         )
-    return args, {**kwargs, "use_cache": False, "arrival": _Arrival()}
+    arrival = _Arrival()
+    if kwargs["plan"].prompt is not None:
+        if rotation.rope is None:
+            rotation.rope = find_rope(cast(PreTrainedModel, module))
+        arrival.rope = rotation.rope
+    return args, {**kwargs, "use_cache": False, "arrival": arrival}
 
 
 def _close_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -398,10 +435,24 @@ def _close_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
         raise ValueError(f"plan: {type(module).__name__} does not hand it to its attention")
 
 
+@dataclass
 class _Arrival:
     """Goes through the layers with a plan; `seen` once the plan has reached an attention."""
 
-    seen = False
+    seen: bool = False
+    rope: Rope | None = None  # where the plan is of "compact" positions
+    angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def turned(self, x: Tensor, plan: BlockPlan, layer: int) -> Tensor:
+        """`x` `[batch, heads, tokens, head_dim]` at the positions where it meets what is not of the
+        prompt."""
+        rope, shift = cast(Rope, self.rope), cast(Tensor, plan.shift)
+        inv_freq = rope.inv_freq[layer]
+        if not len(inv_freq):
+            return x  # a layer without RoPE
+        if id(inv_freq) not in self.angles:
+            self.angles[id(inv_freq)] = angles(shift.to(x.device), inv_freq)
+        return turn(x, self.angles[id(inv_freq)], rope.layout)
 
 
 class _MaskIsRead(ValueError, AttributeError):
@@ -482,8 +533,30 @@ class _Mask:
                     "position_ids: a sliding-window layer needs them, but the model hands none to "
                     "its attention"
                 )
-            expiry, floor = windowed(expiry, floor, position_ids, self.window)
-        return BlockPlan.from_expiry(expiry, floor)
+            if given.shift is not None:
+                expiry, floor = windowed(expiry, floor, position_ids + given.shift, self.window)
+            else:
+                expiry, floor = windowed(expiry, floor, position_ids, self.window)
+        narrowed = BlockPlan.from_expiry(expiry, floor)
+        if given.prompt is None:
+            return narrowed
+        return replace(
+            narrowed,
+            prompt=self._narrowed_prompt(given, position_ids),
+            shift=given.shift,
+        )
+
+    def _narrowed_prompt(self, given: BlockPlan, position_ids: Tensor | None) -> BlockPlan:
+        """The plan of the prompt's keys without padding and under this layer type's window."""
+        prompt = cast(BlockPlan, given.prompt)
+        expiry, floor = prompt.expiry, cast(Tensor, prompt.floor)
+        if self.padding is not None:
+            index = torch.arange(given.tokens, dtype=torch.int32, device=expiry.device)
+            expiry = torch.where(self.padding, expiry, index)
+        if self.window is not None:
+            floor = floor + (cast(Tensor, position_ids) - self.window + 1).clamp(min=0)
+        rows = torch.broadcast_shapes(expiry.shape, floor.shape)
+        return BlockPlan.from_expiry(expiry.expand(rows), floor.expand(rows))
 
 
 def _make_mask(
@@ -555,6 +628,7 @@ def _attention(
     plan: BlockPlan | None = None,
     arrival: _Arrival | None = None,
     trajectory_cache: TrajectoryCache | None = None,
+    key_probe: dict[int, Tensor] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' call for attention: `[batch, heads, tokens, head_dim]`, keys after RoPE.
@@ -578,6 +652,8 @@ def _attention(
             f"sliding_window: the layer's is {sliding_window} and its mask's {mask.window} "
             "(chunked attention is not supported, nor a layer that leaves its window to the mask)"
         )
+    if key_probe is not None:
+        key_probe[cast(Any, module).layer_idx] = key
     if trajectory_cache is not None:
         layer: Any = module.layer_idx
         out = trajectory_cache.attend(
@@ -597,13 +673,20 @@ def _attention(
         return _attend_to_cache(query, key, value, mask.cached, scaling, softcap), None
     elif keys != tokens:
         raise ValueError(f"key: expected {tokens} tokens (self-attention), got {keys}")
+    plan = mask.plan(plan, position_ids, query)
+    prompt_query = None
+    if plan.prompt is not None:
+        layer = cast(Any, module).layer_idx
+        prompt_query = query.transpose(1, 2)
+        query, key = (cast(_Arrival, arrival).turned(x, plan, layer) for x in (query, key))
     attended = trajectory_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        plan=mask.plan(plan, position_ids, query),
+        plan=plan,
         scale=scaling,
         softcap=softcap,
+        prompt_query=prompt_query,
     )
     return cast(Tensor, attended), None
 

@@ -112,7 +112,9 @@ class Config:
         1, "environments that act at once, for tools that wait for a network", at_least(1)
     )
     # rollout
-    positions: Positions = _option("kept", "pruned cache, or the live text sent again")
+    positions: Positions = _option(
+        "kept", "pruned cache (its gaps kept, or closed: compact), or the live text sent again"
+    )
     retention: str = _option("mem1", RETENTIONS + ", or module:function")
     max_turns: int = _option(20, "turns after which an episode is over", at_least(1))
     max_new_tokens: int = _option(16, "tokens after which a turn is cut", at_least(1))
@@ -208,9 +210,9 @@ class Config:
                 "kl_kind: expected 'k2' or 'k3' in the loss, where the gradient of k1 is 0 in the "
                 "mean, got 'k1'"
             )
-        if self.sft_jump and self.positions == "reprefill":
+        if self.sft_jump and self.positions != "kept":
             raise ValueError(
-                f"sft_jump: expected 0 for compact (re-prefilled) positions, got {self.sft_jump}"
+                f"sft_jump: expected 0 for {self.positions!r} positions, got {self.sft_jump}"
             )
         if self.transcripts and not self.sft_steps:
             raise ValueError("sft_steps: expected at least 1 to learn from transcripts, got 0")

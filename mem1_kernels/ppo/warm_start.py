@@ -19,7 +19,7 @@ from mem1_kernels.ppo.masked import masked_mean
 from mem1_kernels.ppo.report import Progress, Stopwatch
 from mem1_kernels.ppo.update import train_on
 from mem1_kernels.retention import Retention, Segment
-from mem1_kernels.trajectory import Layout, Trajectory, pack
+from mem1_kernels.trajectory import Layout, Trajectory, compacted, pack
 from mem1_kernels.tree import unroll
 
 
@@ -64,6 +64,8 @@ def warm_start(
             jump = rng.randint(0, config.sft_jump)
             if config.positions == "reprefill":
                 layouts.append(unroll(trajectory))
+            elif config.positions == "compact":
+                layouts.append(compacted(trajectory))
             else:
                 behind = trajectory.position_ids >= trajectory.spans[0].stop
                 shifted = trajectory.position_ids + jump * behind

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mem1_kernels.retention import GENERATED, Retention, Segment, mem1
-from mem1_kernels.trajectory import Layout, Positions, Trajectory
+from mem1_kernels.trajectory import Layout, Positions, Trajectory, compacted
 from mem1_kernels.tree import unroll
 
 
@@ -69,7 +69,9 @@ class Rollout:
     @property
     def layout(self) -> Layout:
         """The layout whose forward pass computes what this rollout computed."""
-        return self.trajectory if self.positions == "kept" else unroll(self.trajectory)
+        if self.positions == "reprefill":
+            return unroll(self.trajectory)
+        return self.trajectory if self.positions == "kept" else compacted(self.trajectory)
 
     @property
     def sampled(self) -> Tensor:

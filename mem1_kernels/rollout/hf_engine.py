@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mem1_kernels.hf import TrajectoryCache, patched
-from mem1_kernels.hf.patch import cache_keyword
+from mem1_kernels.hf.patch import cache_keyword, rope_of
 from mem1_kernels.rollout.engine import (
     Generation,
     OnTokens,
@@ -32,9 +32,11 @@ class HFEngine:
         model: the model. It is patched while `run` runs and is otherwise untouched.
         tokenizer: anything with `decode(ids) -> str`, for `stop_strings` only; a Hugging Face
             tokenizer where an agent speaks text.
-        positions: "kept" prunes the cache and lets positions go on counting; "reprefill" sends the
-            live text behind the prompt again at compact positions, as an engine without pruning
-            does. `Rollout.layout` is the right training form for either.
+        positions: "kept" prunes the cache and lets positions go on counting; "compact" also turns
+            the keys that are left to positions without gaps, which stay below the peak context (a
+            RoPE of fixed frequencies; policies such as `mem1` and `keep_last`); "reprefill" sends
+            the live text behind the prompt again, without gaps, as an engine without pruning does.
+            `Rollout.layout` is the right training form for either.
         capacity: slots per cache row; `run` raises if they do not suffice. None: the cache grows.
         ordered: keep the slots' order when pruning.
 
@@ -132,6 +134,9 @@ class _CacheRow:
 
     pending: list[int]
     next_position: int = 0
+    written: int = 0  # tokens that were ever in the cache
+    index: Tensor = field(default_factory=lambda: torch.arange(0))  # by position: which of these
+    alive: Tensor | None = None  # by position: what the next prune leaves
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -160,7 +165,11 @@ class _CacheBackend:
         self.rows = rows
         self.held = [_CacheRow(list(row.prompt)) for row in rows]
         self.cache = TrajectoryCache(
-            self.model, batch_size=len(rows), capacity=engine.capacity, ordered=engine.ordered
+            self.model,
+            batch_size=len(rows),
+            capacity=engine.capacity,
+            ordered=engine.ordered,
+            rope=rope_of(self.model) if engine.positions == "compact" else None,
         )
         self.keyword = cache_keyword(self.model)
         self.keep: Tensor | None = None  # bool [batch, capacity], what the next feed prunes by
@@ -208,12 +217,15 @@ class _CacheBackend:
         held = self.held[row.index]
         if held.pending:
             self._feed()  # what was read before this drop still saw these segments
-        if row.positions == "kept":
+        if row.positions != "reprefill":
             marks = [
                 torch.full((segment.num_tokens,), not dropped)
                 for segment, dropped in zip(row.segments, row.dropped_at, strict=True)
             ]
-            self._prune(row.index, torch.cat(marks))
+            alive = torch.cat(marks)
+            if row.positions == "compact":
+                alive = alive[held.index]
+            self._prune(row.index, alive)
         else:
             # Only the prompt's keys are those of a fresh prefill; its last token is sent again too,
             # in case nothing else is and its logits are needed.
@@ -233,6 +245,8 @@ class _CacheBackend:
         if self.keep is None:
             self.keep = torch.ones_like(self.cache.position_ids, dtype=torch.bool)
         positions = self.cache.position_ids[index].clamp(0, len(alive) - 1).long()
+        if self.cache.rope is not None:
+            self.held[index].alive = alive[: len(self.held[index].index)]
         self.keep[index] = alive.to(self.keep.device)[positions]
 
     def _feed(self) -> None:
@@ -241,6 +255,11 @@ class _CacheBackend:
         if self.keep is not None:
             self.cache.prune_(keep=self.keep)
             self.keep = None
+            for held in self.held:
+                if held.alive is not None:
+                    held.index = held.index[held.alive]
+                    held.next_position = len(held.index)
+                    held.alive = None
         counts = torch.tensor([len(held.pending) for held in self.held])
         width = int(counts.max())
         if width == 0:
@@ -266,6 +285,9 @@ class _CacheBackend:
             if held.pending:
                 held.logits = logits[index, where[index]]
                 held.next_position += len(held.pending)
+                added = torch.arange(held.written, held.written + len(held.pending))
+                held.index = torch.cat([held.index, added])
+                held.written += len(held.pending)
                 held.pending = []
                 row.peak_context = max(row.peak_context, lengths[index])
 

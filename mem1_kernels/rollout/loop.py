@@ -25,7 +25,7 @@ from mem1_kernels.rollout.engine import (
     check_count,
     read_ids,
 )
-from mem1_kernels.trajectory import Positions, Trajectory
+from mem1_kernels.trajectory import ONE_RUN, Positions, Trajectory
 
 
 @dataclass
@@ -140,6 +140,14 @@ class RolloutRow:
                 f"retention: {name} drops the prompt, but positions='reprefill' sends every turn "
                 "behind the prompt"
             )
+        if self.positions == "compact":
+            alive = [
+                not dropped
+                for segment, dropped in zip(self.segments, self.dropped_at, strict=True)
+                if segment.num_tokens
+            ]
+            if not alive[0] or alive[1:] != sorted(alive[1:]):
+                raise ValueError(f"retention: {ONE_RUN}; {name} leaves others")
         return fresh
 
     def wrote_on(self, number: int, token_ids: Sequence[int]) -> list[int]:
