@@ -24,6 +24,9 @@ class Config(NamedTuple):
     """At most block / 16 of the outer side, or the tensor cores compute the same rows twice."""
     num_stages: int
     """Steps that loads run ahead, plus one."""
+    pipelined: bool = False
+    """Forward only: a block's weights are made while the tensor cores multiply the block before.
+    `part` must be `block_n`, since partial and full tiles share the pipeline."""
 
 
 Passes = dict[str, list[Config]]
@@ -33,12 +36,25 @@ Table = dict[int, Passes]
 
 HOPPER_16_BIT: Table = {
     64: {
-        "fwd": [Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 3)],
-        "dkdv": [Config(64, 128, 32, 8, 3), Config(64, 128, 32, 8, 2)],
+        "fwd": [
+            Config(128, 64, 64, 8, 4, pipelined=True),
+            Config(128, 64, 64, 8, 3, pipelined=True),
+            Config(128, 128, 64, 8, 3),
+            Config(128, 64, 64, 8, 3),
+            Config(64, 64, 64, 4, 3),
+        ],
+        "dkdv": [Config(128, 128, 64, 8, 2), Config(64, 128, 32, 8, 2)],
         "dq": [Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)],
     },
     128: {
-        "fwd": [Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)],
+        "fwd": [
+            Config(128, 64, 64, 8, 4, pipelined=True),
+            Config(128, 64, 64, 8, 3, pipelined=True),
+            Config(128, 64, 64, 8, 2, pipelined=True),
+            Config(128, 128, 64, 8, 3),
+            Config(128, 128, 64, 8, 2),
+            Config(128, 64, 64, 8, 3),
+        ],
         "dkdv": [Config(64, 128, 32, 8, 2), Config(32, 128, 32, 8, 3)],
         "dq": [Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)],
     },
@@ -107,7 +123,7 @@ def candidates(pass_name: str, generation: int, head_dim: int, itemsize: int) ->
         itemsize: bytes of the inputs' dtype, 2 or 4.
 
     >>> candidates("fwd", 9, 128, 2)[0]
-    Config(block_m=128, block_n=128, part=64, num_warps=8, num_stages=3)
+    Config(block_m=128, block_n=64, part=64, num_warps=8, num_stages=4, pipelined=True)
     """
     if pass_name in ("preprocess", "sum"):
         return [STREAMING]
