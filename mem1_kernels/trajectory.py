@@ -105,8 +105,8 @@ class Layout:
         check_positions(self.positions)
         for name in _OF_COMPACT:
             if (getattr(self, name) is None) == (self.positions == "compact"):
-                expected = "a tensor" if self.positions == "compact" else "None"
-                raise ValueError(f"{name}: expected {expected} for {self.positions!r} positions")
+                want = "a tensor" if self.positions == "compact" else "None"
+                raise ValueError(f"{name}: expected {want} for {self.positions!r} positions")
         for name in _PER_TOKEN:
             value = getattr(self, name)
             if value is None and name in ("floor", "token_ids", "weights", *_OF_COMPACT):

@@ -74,7 +74,7 @@ def _grid(lanes: int, blocks: int) -> tuple[int, int]:
         ValueError: more blocks than the second dimension of a grid has.
     """
     if blocks > 65535:
-        raise ValueError(f"tokens: expected at most 65,535 blocks for this GPU kernel, got {blocks}")
+        raise ValueError(f"tokens: expected at most 65,535 blocks of a GPU kernel, got {blocks}")
     return lanes, blocks
 
 
