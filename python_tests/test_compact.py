@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from test_exactness import (
     World,
     largest_difference,
     make_model,
+    mark,
     roll,
     run,
 )
@@ -29,6 +31,7 @@ from mem1_kernels import (
     keep_last,
     mem1,
     mem1_release,
+    memento,
     pack,
     trajectory_attention,
 )
@@ -94,6 +97,69 @@ def test_positions_stay_below_the_peak_context(turns, ordered, monkeypatch):
         assert peak < rollouts[0].trajectory.num_tokens / 3
     for rollout in rollouts:
         assert len(rollout.turns) == turns
+
+
+def newest_three(segments):
+    """The prompt and the three newest parts: what a mark ended, the rest of a turn, what was read."""
+    starts = [
+        index
+        for index, segment in enumerate(segments)
+        if segment.role != "action" or segments[index - 1].role != "state" or segment.name
+    ]
+    ends = []
+    for index, segment in enumerate(segments):
+        part = bisect_right(starts, index)  # the parts up to this segment's own
+        later = starts[part + 3 :]
+        ends.append(len(segments) if segment.role == "prompt" or not later else later[0])
+    return ends
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_drops_inside_a_turn(family):
+    options = {"retention": newest_three, "mark": mark, "max_new_tokens": 24}
+    model = make_model(family)
+    rollouts = run(model, positions="compact", **options)
+    inside = 0
+    for rollout in rollouts:
+        trajectory = rollout.trajectory
+        assert int(rollout.layout.position_ids.max()) < trajectory.peak_context
+        for span in trajectory.spans:
+            end = int(trajectory.expiry[span.start]) if span.stop > span.start else 0
+            inside += 0 < end < trajectory.num_tokens and trajectory.turn[end] == span.turn
+    assert inside > 20
+    assert largest_difference(model, rollouts) <= 2e-5
+
+
+def test_a_row_that_ends_inside_a_turn_leaves_the_others_exact():
+    asked = []
+
+    def raising(ids):
+        asked.append(ids)
+        if len(asked) == 90:
+            raise RuntimeError("no such block")
+        return mark(ids)
+
+    model = make_model("qwen2")
+    options = {"retention": newest_three, "positions": "compact", "mark": raising}
+    rollouts = run(model, temperature=0, **options)
+    assert sum("no such block" in (rollout.error or "") for rollout in rollouts) == 1
+    assert largest_difference(model, rollouts) <= 2e-5
+
+
+def test_a_policy_that_leaves_a_hole_inside_a_turn_is_refused_when_it_does():
+    with pytest.raises(ValueError, match="needs a policy that leaves the prompt and one run"):
+        run(make_model("qwen2"), retention=memento, mark=mark, positions="compact")
+
+
+def test_evictions_of_another_engine():
+    ids, trained = list(range(4, 16)), [0] * 4 + [1] * 8
+    oldest_first = [None] * 4 + [7, 7, 9, 9, 9, 11, None, None]
+    layout = compacted(Trajectory.from_evictions(ids, oldest_first, loss_mask=trained))
+    assert layout.kept_position_ids.tolist() == list(range(12))
+    assert layout.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 4, 5, 5]
+    for evicted in ([None] * 4 + [9, 7] + [None] * 6, [2] + [None] * 11):
+        with pytest.raises(ValueError, match="needs a policy that leaves the prompt and one run"):
+            compacted(Trajectory.from_evictions(ids, evicted, loss_mask=trained))
 
 
 def scaled(**rope):
