@@ -45,6 +45,10 @@ MODELS = {
     "qwen2.5-7b": "28 layers, 4 key-value heads (28 query heads), head_dim 128",
     "qwen2.5-14b": "48 layers, 8 key-value heads (40 query heads), head_dim 128",
 }
+PLAN_WAYS = {
+    "torch": "plain torch, tiles x tiles",
+    "flex": "FlexAttention, create_block_mask",
+}
 PRUNE_LAYOUTS = {
     "mem1": "state boundary: 556 dropped, 56 move",
     "all move": "as many dropped as survive",

@@ -202,6 +202,18 @@ def _peers(row: Row, ours: str, ways: Sequence[str]) -> tuple[str, float | None]
     return fastest({way: row[f"{way}_over_ours"] for way in ways if f"{way}_over_ours" in row})
 
 
+def _plan_lines(rows: list[Row]) -> Iterator[Line]:
+    for row in rows:
+        peer, ratio = _peers(row, "ours", list(names.PLAN_WAYS))
+        yield Line(
+            f"{names.LAYOUTS[row['layout']]}; {row['tokens']:,} tokens",
+            f"{row['tiles']:,} tiles listed, {row['list_mb']:.3g} MB",
+            milliseconds(row["ours"]),
+            names.PLAN_WAYS.get(peer, peer),
+            ratio,
+        )
+
+
 def _prune_lines(rows: list[Row]) -> Iterator[Line]:
     for row in rows:
         peer, ratio = _peers(row, "prune", ("index_select", "gather", "cat"))
@@ -430,6 +442,15 @@ SECTIONS = [
         _attention_trend,
         "GFLOP/s, ours",
         _layouts,
+    ),
+    Section(
+        "Making the plan",
+        "The tiles that a mask makes partial and full, by query and by key, once per batch. The "
+        "work is the tokens read and the tiles listed.",
+        _part("plan"),
+        lambda rows, device: [],
+        _plan_lines,
+        terms=_layouts,
     ),
     Section(
         "Pruning the KV cache",
