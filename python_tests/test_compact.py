@@ -100,7 +100,7 @@ def test_positions_stay_below_the_peak_context(turns, ordered, monkeypatch):
 
 
 def newest_three(segments):
-    """The prompt and the three newest parts: what a mark ended, the rest of a turn, what was read."""
+    """The prompt and the three newest parts: what a mark ended, a turn's rest, what was read."""
     starts = [
         index
         for index, segment in enumerate(segments)
