@@ -28,8 +28,10 @@ from bench.record import RESULTS, ROOT, read_folder
 
 BENCHMARKS = {
     "attention": "masked attention against dense masks, causal kernels and FlexAttention",
+    "plan": "making the plan of a mask",
     "kv_cache": "pruning a KV cache, and attention over it",
     "rollout": "whole rollouts: pruned cache, text sent again, full context",
+    "trees": "histories that branch: one prefix tree against its rows run apart",
     "sm90_table": "what the Triton kernels compile to for the H100; runs without a GPU",
     "mask_ablation": "PPO under wrong masks; slow, so it runs only if named by --only",
 }

@@ -45,6 +45,10 @@ MODELS = {
     "qwen2.5-7b": "28 layers, 4 key-value heads (28 query heads), head_dim 128",
     "qwen2.5-14b": "48 layers, 8 key-value heads (40 query heads), head_dim 128",
 }
+PLAN_WAYS = {
+    "torch": "plain torch, tiles x tiles",
+    "flex": "FlexAttention, create_block_mask",
+}
 PRUNE_LAYOUTS = {
     "mem1": "state boundary: 556 dropped, 56 move",
     "all move": "as many dropped as survive",
@@ -77,6 +81,24 @@ ROLLOUT_WAYS = {
     "full": "full context, our kernels",
     "hf full": "full context, transformers",
 }
+TREES = {
+    "group8_1k": "8 answers behind 1,000 tokens",
+    "group8_4k": "8 answers behind 4,000 tokens",
+    "group16_1k": "16 answers behind 1,000 tokens",
+    "group16_8k": "16 answers behind 8,000 tokens",
+    "tau": "20 turns and 8 retries",
+    "mem1_16": "MEM1, 16 turns, text sent again",
+    "mem1_100": "MEM1, 100 turns, text sent again",
+    "small": "a small one, for tests",
+}
+TREE_WAYS = {
+    "ours": "ours: one tree",
+    "packed": "ours, nothing shared",
+    "apart": "SDPA, row by row",
+    "dense": "SDPA, dense mask of the tree",
+    "flex": "FlexAttention, the tree",
+}
+TREE_PASSES = {"forward": "log-probs", "step": "log-probs and gradients"}
 MASKS = {
     "exact": "exact",
     "release": "the released trainer's, as meant",

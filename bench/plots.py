@@ -298,6 +298,21 @@ def rollout(rows: Sequence[Row], path: str | Path) -> None:
     save(figure, path)
 
 
+def trees(rows: Sequence[Row], path: str | Path) -> None:
+    """Time of a tree against those of its rows apart and of other masks, by pass and layout."""
+    groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for pass_name, heading in names.TREE_PASSES.items():
+        by_layout: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if row.get("pass") == pass_name:
+                by_layout.setdefault(row["layout"], {})[row["way"]] = row
+        for layout in ordered(list(by_layout), names.TREES):
+            found = by_layout[layout]
+            case = f"{names.TREES.get(layout, layout)} ({found['ours']['tokens']:,} tokens)"
+            groups.setdefault(heading, []).append((case, found))
+    times(groups, names.TREE_WAYS, path, "milliseconds (log scale)")
+
+
 def registers(rows: Sequence[Row], path: str | Path) -> None:
     """Registers per thread of the attention kernels by head_dim, a panel per dtype."""
     rows = [row for row in rows if row["pass"] in names.TRITON_PASSES]

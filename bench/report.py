@@ -90,6 +90,33 @@ def rollout() -> str:
     return f"({measured_on(reports[0])})\n\n{markdown(header, rows)}"
 
 
+def trees() -> str:
+    report = load("cpu/trees.json")
+    cases: dict[tuple[str, str], dict[str, Any]] = {}
+    for r in report["rows"]:
+        if "pass" in r:
+            cases.setdefault((r["layout"], r["pass"]), {})[r["way"]] = r
+    rows = []
+    for (layout, name), found in cases.items():
+        ours, packed = found["ours"], found["packed"]
+        rows.append(
+            [
+                f"{names.TREES[layout]}",
+                names.TREE_PASSES[name],
+                f"{ours['tokens']:,} of {packed['tokens']:,}",
+                f"{packed['tokens'] / ours['tokens']:.1f}x",
+                f"{ours['seconds']:.2f}",
+                *(
+                    times(found.get(way, {}).get("over_ours"))
+                    for way in ("packed", "apart", "dense", "flex")
+                ),
+            ]
+        )
+    header = ["layout", "pass", "tokens computed", "saved", "s", "nothing shared"]
+    header += ["SDPA row by row", "dense mask", "Flex"]
+    return f"({measured_on(report)})\n\n{markdown(header, rows)}"
+
+
 def prune() -> str:
     report = load("cpu/kv_cache.json")
     rows = [

@@ -202,6 +202,18 @@ def _peers(row: Row, ours: str, ways: Sequence[str]) -> tuple[str, float | None]
     return fastest({way: row[f"{way}_over_ours"] for way in ways if f"{way}_over_ours" in row})
 
 
+def _plan_lines(rows: list[Row]) -> Iterator[Line]:
+    for row in rows:
+        peer, ratio = _peers(row, "ours", list(names.PLAN_WAYS))
+        yield Line(
+            f"{names.LAYOUTS[row['layout']]}; {row['tokens']:,} tokens",
+            f"{row['tiles']:,} tiles listed, {row['list_mb']:.3g} MB",
+            milliseconds(row["ours"]),
+            names.PLAN_WAYS.get(peer, peer),
+            ratio,
+        )
+
+
 def _prune_lines(rows: list[Row]) -> Iterator[Line]:
     for row in rows:
         peer, ratio = _peers(row, "prune", ("index_select", "gather", "cat"))
@@ -284,6 +296,48 @@ def _rollout_trend(rows: list[Row]) -> dict[str, dict[str, float]]:
     pruned = [row for row in rows if row["way"] == "pruned"]
     line = "{turns} turns, {batch} at a time"
     return {"pruned cache": {line.format(**row): row["tokens_s"] for row in pruned}}
+
+
+def _tree_cases(rows: list[Row]) -> Iterator[dict[str, Row]]:
+    """The rows of each layout and pass by way, where ours ran."""
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if "pass" in row:
+            cases.setdefault((row["layout"], row["pass"]), {})[row["way"]] = row
+    yield from cases.values()
+
+
+def _tree_lines(rows: list[Row]) -> Iterator[Line]:
+    for case in _tree_cases(rows):
+        ours = case["ours"]
+        peer, ratio = fastest({w: r["over_ours"] for w, r in case.items() if w != "ours"})
+        apart = case.get("packed", case.get("apart", ours))["tokens"]
+        yield Line(
+            f"{names.TREES[ours['layout']]}: {names.TREE_PASSES[ours['pass']]}",
+            f"{ours['tokens']:,} tokens instead of {apart:,}",
+            milliseconds(ours),
+            names.TREE_WAYS.get(peer, peer),
+            ratio,
+        )
+
+
+def _tree_trend(rows: list[Row]) -> dict[str, dict[str, float]]:
+    panels: dict[str, dict[str, float]] = {}
+    for case in _tree_cases(rows):
+        if "apart" in case:
+            heading = names.TREE_PASSES[case["ours"]["pass"]]
+            line = names.TREES[case["ours"]["layout"]]
+            panels.setdefault(heading, {})[line] = case["apart"]["over_ours"]
+    return panels
+
+
+def _pack_lines(rows: list[Row]) -> Iterator[Line]:
+    for row in rows:
+        yield Line(
+            row["layout"],
+            f"{row['source_tokens']:,} tokens, {row['tokens']:,} in the tree",
+            milliseconds(row),
+        )
 
 
 def _sm90_rows(report: Report) -> list[Row]:
@@ -390,6 +444,15 @@ SECTIONS = [
         _layouts,
     ),
     Section(
+        "Making the plan",
+        "The tiles that a mask makes partial and full, by query and by key, once per batch. The "
+        "work is the tokens read and the tiles listed.",
+        _part("plan"),
+        lambda rows, device: [],
+        _plan_lines,
+        terms=_layouts,
+    ),
+    Section(
         "Pruning the KV cache",
         "At a state boundary, the surviving tokens of all layers move into the holes that dropped "
         "tokens leave: keys and values, in place, one call. The work is the moved bytes, read and "
@@ -430,7 +493,7 @@ SECTIONS = [
         "then reads 500; the prompt has 300. The work is the generated tokens; prefills are in the "
         "time. The pruned cache is compared with sending the live text again each turn, and with "
         "dropping nothing.",
-        lambda report: [row for row in report.rows if "way" in row],
+        lambda report: [row for row in report.rows if "turns" in row],
         _one(
             "In the first and the last picture lower is better, in the middle higher.",
             plots.rollout,
@@ -438,6 +501,25 @@ SECTIONS = [
         _rollout_lines,
         _rollout_trend,
         "generated tokens per second",
+    ),
+    Section(
+        "Histories that branch",
+        "A small Qwen2 computes the log-probs of the tokens in the loss, and their gradients. Rows "
+        "that begin alike are one prefix tree: what they share is computed once. <b>Nothing "
+        "shared</b> is the same kernels over the rows behind each other. Masks and plans are made "
+        "beforehand. FlexAttention has no backward on the CPU.",
+        _part("tree"),
+        _one("Time of all rows. Further left is faster.", plots.trees),
+        _tree_lines,
+        _tree_trend,
+        "time of SDPA row by row over ours",
+    ),
+    Section(
+        "Laying out a tree",
+        "Seconds of <code>pack_tree</code>, on the host, for a million tokens of several rows.",
+        _part("pack"),
+        lambda rows, device: [],
+        _pack_lines,
     ),
     Section(
         "What the GPU kernels compile to",

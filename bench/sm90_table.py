@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def _modules() -> tuple[types.ModuleType, types.ModuleType]:
 
 
 def _source(kernel, dtype: str, constants: dict[str, object]) -> ASTSource:
-    """The kernel with aligned tensors and strides, as a launch on ordinary inputs has them."""
+    """The kernel with aligned tensors and strides, as a launch on contiguous inputs has them."""
     fp32 = ("lse", "lse2", "delta", "grad_lse", "work_dk", "work_dv")
     int32 = ("expiry", "floor", "row_", "col_", "item_")
     signature, attributes = {}, {}
@@ -64,12 +65,46 @@ def _source(kernel, dtype: str, constants: dict[str, object]) -> ASTSource:
             signature[name] = "*" + element
         else:
             signature[name] = "fp32" if name in ("pre", "post", "scale") else "i32"
-        if signature[name].startswith("*") or name.startswith("stride"):
+        aligned = constants.get("ALIGN", 16) == 16 and name.startswith("stride")
+        if signature[name].startswith("*") or aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def _inspect(cubin: bytes) -> dict[str, int]:
+def _tensor_core_loops(sass: str) -> list[dict[str, int]]:
+    """What each loop with an HGMMA does in one round, in the order of the code.
+
+    hgmma: how many it starts; waits: how often it waits until all of them are done (once per group,
+    unless ptxas serialised them); exponentials: MUFU.EX2, and how many of these are issued while an
+    HGMMA is under way, which they hide behind.
+    """
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", sass, re.MULTILINE)
+    index = {int(address, 16): line for line, (address, _) in enumerate(code)}
+    loops = []
+    for last, (_, instruction) in enumerate(code):
+        branch = re.match(r"BRA\S* .*?(0x[0-9a-f]+)", instruction)
+        first = index.get(int(branch[1], 16), last + 1) if branch else last + 1
+        names = [name.split()[0] for _, name in code[first : last + 1]]
+        if not any(name.startswith("HGMMA") for name in names):
+            continue
+        found = dict.fromkeys(("hgmma", "waits", "exponentials", "hidden_exponentials"), 0)
+        under_way = False
+        for turn in range(2):  # the first, to know what is under way when a round begins
+            for name in names:
+                if name.startswith("HGMMA"):
+                    under_way = True
+                    found["hgmma"] += turn
+                elif name.startswith("WARPGROUP.DEPBAR"):
+                    under_way = False
+                    found["waits"] += turn
+                elif name.startswith("MUFU.EX2"):
+                    found["exponentials"] += turn
+                    found["hidden_exponentials"] += turn * under_way
+        loops.append(found)
+    return loops
+
+
+def _inspect(cubin: bytes) -> dict[str, object]:
     """Resources and the instructions that matter, from the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -91,6 +126,7 @@ def _inspect(cubin: bytes) -> dict[str, int]:
         "spill_instructions": count["LDL"] + count["STL"],
         "hgmma": count["HGMMA"],
         "async_copies": count["LDGSTS"],
+        "loops": _tensor_core_loops(sass),
     }
 
 
@@ -123,6 +159,7 @@ def compile_pass(
         constants = {
             "TILE": 128,
             "GROUP": group,
+            "ALIGN": math.gcd(16, head_dim),
             "HAS_FLOOR": flags["floor"],
             "HAS_SOFTCAP": flags["softcap"],
             "HEAD_DIM": head_dim,
@@ -131,6 +168,7 @@ def compile_pass(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "PART": config.part,
+            "PIPELINED": config.pipelined,
         }
         if name == "dkdv":
             constants["CHUNK"] = launch
@@ -172,6 +210,7 @@ def markdown(rows: list[dict[str, object]]) -> str:
         "block_m": "queries",
         "block_n": "keys",
         "part": "partial",
+        "pipelined": "pipelined",
         "num_warps": "warps",
         "num_stages": "stages",
         "registers": "registers",

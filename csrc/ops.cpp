@@ -1,5 +1,5 @@
 // Registers the compiled kernels for the `mem1::` schemas that mem1_kernels/ops/_library.py
-// declares, and binds, in module _C, what is no tensor op: what this build holds.
+// declares. In module _C it also binds functions that are not tensor ops: what this build contains.
 #include "ops.h"
 
 #include <c10/util/Exception.h>
@@ -19,7 +19,7 @@
 
 namespace {
 
-// ops/_extension.py reads this from the file: a module must not be loaded to be told from another.
+// ops/_extension.py reads this from the file, to recognize the build without loading the module.
 __attribute__((used)) constexpr char kBuiltAgainst[] =
     "mem1_kernels._C is built against torch " TORCH_VERSION;
 
@@ -78,6 +78,7 @@ pybind11::dict build_info() {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mem1, CPU, library) {
+  add(library, "CPU", "block_plan", &mem1::block_plan_cpu);
   add(library, "CPU", "trajectory_attention_fwd", &mem1::trajectory_attention_fwd_cpu);
   add(library, "CPU", "trajectory_attention_bwd", &mem1::trajectory_attention_bwd_cpu);
   add(library, "CPU", "append_kv_", &mem1::append_kv_cpu);

@@ -8,6 +8,9 @@
 
 namespace mem1 {
 
+// cpu/block_plan.cpp
+at::Tensor block_plan_cpu(const at::Tensor& expiry, const std::optional<at::Tensor>& floor);
+
 // cpu/attention.cpp
 std::tuple<at::Tensor, at::Tensor> trajectory_attention_fwd_cpu(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

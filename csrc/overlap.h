@@ -1,5 +1,5 @@
 // Which tensors share memory: an op that writes in place must not be given one byte twice.
-// mem1_kernels/ops/_memory.py is the same for ops that are not compiled.
+// mem1_kernels/ops/_memory.py does the same for ops that are not compiled.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -63,7 +63,7 @@ struct ExtentPart {
 
 inline int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b != 0 && a % b < 0); }
 
-// Whether `a` at 0 and `b` at `distance` have a byte in common; true where that is not known.
+// Whether `a` at 0 and `b` at `distance` have a byte in common; true if that is not known.
 inline bool parts_meet(const ExtentPart& a, const ExtentPart& b, int64_t distance) {
   constexpr int64_t kFewCopies = 64;
   if (distance >= a.span || -distance >= b.span) return false;

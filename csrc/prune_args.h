@@ -1,5 +1,5 @@
 // What the CPU and CUDA entry points of prune_kv_ and prune_paged_kv_ share: checks of their
-// arguments, and the list of everything that moves.
+// arguments, and the list of all tensors whose slots move.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,9 +18,9 @@ namespace mem1 {
 
 struct PruneArgs {
   std::vector<SlotTensor> tensors;
-  at::ScalarType key_type = at::kFloat;  // of the keys that turn
+  at::ScalarType key_type = at::kFloat;  // of the keys that are rotated
   int batch = 0;
-  int capacity = 0;  // slots of a row
+  int capacity = 0;  // slots per row
 };
 
 // The widest power of two, up to 16, that divides `value`.
@@ -47,7 +47,7 @@ inline SlotTensor slot_tensor(const at::Tensor& tensor, int64_t first_element, i
   return result;
 }
 
-// One tensor of a list. Its name is spelled out only when a check fails: there are many layers.
+// One tensor of a list. Its name is made only when a check fails, since there are many layers.
 struct Listed {
   const at::Tensor& tensor;
   const char* list;
@@ -163,7 +163,7 @@ inline PruneArgs prune_args(at::TensorList keys, at::TensorList values, const at
 struct PagedPruneArgs : PruneArgs {
   int pages = 0;
   int page_size = 0;
-  int max_pages = 0;  // of a row
+  int max_pages = 0;  // per row
 };
 
 inline PagedPruneArgs paged_prune_args(at::TensorList keys, at::TensorList values,

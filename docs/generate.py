@@ -20,16 +20,23 @@ from bench.report import ablation, attention, filled, hops, markdown, prune, rol
 from mem1_kernels import (
     Layout,
     Segment,
+    TokenRow,
     Trajectory,
+    clear_tool_results,
     fold,
     keep_all,
     keep_last,
     mem1_release,
+    memento,
     pack,
+    pack_tree,
+    strip_reasoning,
+    sub_agents,
     unroll,
 )
 from mem1_kernels.ppo.config import Option
 from mem1_kernels.ppo.config import options as config_options
+from mem1_kernels.trajectory import Span
 
 DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
@@ -63,10 +70,70 @@ def branches() -> list[Segment]:
     return [*listed, Segment("info", 8, 3), *turn(4)[:-1]]
 
 
+def rolled_back() -> list[Segment]:
+    """The same branch, but it failed: its observation takes back the turn that opened it."""
+    listed = [Segment("prompt", 20), *turn(1), *turn(2)[:-1], Segment("info", 24, 2, 1)]
+    listed += [*turn(3, depth=1)[:-1], Segment("info", 8, 3, name="rollback")]
+    return [*listed, *turn(4)[:-1]]
+
+
+def blocks() -> list[Segment]:
+    """One turn of three blocks of reasoning, each with its summary, and an action."""
+    listed = [Segment("prompt", 20)]
+    for length in (30, 24, 36):
+        listed += [Segment("state", length, 1, name="block")]
+        listed += [Segment("state", 7, 1, name="summary")]
+    return [*listed, Segment("action", 12, 1)]
+
+
+def foreign() -> Trajectory:
+    """What an engine dropped that keeps 40 keys: the first four, every fourth, and the newest."""
+    tokens = 110
+    order = [key for key in range(4, tokens) if key % 4]
+    dropped = zip(order, range(40, tokens), strict=False)
+    evicted_at: list[int | None] = [None] * tokens
+    for key, step in dropped:
+        evicted_at[key] = max(step, key + 1)
+    in_loss = [20 <= token < 60 or token >= 80 for token in range(tokens)]
+    return Trajectory.from_evictions(range(tokens), evicted_at, loss_mask=in_loss)
+
+
+CLEARED = clear_tool_results(90, keep=1, placeholder=(0, 0, 0))
+"""Above 90 tokens, all observations but the newest go."""
+
+
 def member(state: int, info: int) -> Trajectory:
     """One answer of a group: a prompt that all share, and two turns."""
     first = [Segment("state", state, 1), Segment("action", 3, 1), Segment("info", info, 1)]
     return Trajectory([Segment("prompt", 30), *first, *turn(2)[:-1]])
+
+
+def branching() -> Layout:
+    """A run of three turns, a retry of the third, a sub-agent, and what follows a compaction."""
+    runs = [
+        ["prompt", *turn_pieces(1), *turn_pieces(2), *turn_pieces(3)],
+        ["prompt", *turn_pieces(1), *turn_pieces(2), *turn_pieces("3 again")],
+        ["prompt", *turn_pieces(1), "info: task", *turn_pieces("sub-agent"), "action: report"],
+        ["prompt", "state: summary", *turn_pieces(4)],
+    ]
+    lengths = {"prompt": 20, "state": 5, "action": 3, "info": 24}
+    names = list(dict.fromkeys(piece for run in runs for piece in run))
+    pieces = [[(names.index(p), lengths[p.partition(":")[0]]) for p in run] for run in runs]
+    rows = [TokenRow([100 * n + i for n, count in run for i in range(count)]) for run in pieces]
+    tree = pack_tree(rows)
+    assert tree.token_ids is not None
+    found = (tree.token_ids // 100).tolist()
+    starts = [at for at in range(len(found)) if at == 0 or found[at] != found[at - 1]]
+    return tree.replaced(
+        spans=tuple(
+            Span(names[found[start]].partition(":")[0], 0, start, stop)
+            for start, stop in zip(starts, [*starts[1:], len(found)], strict=True)
+        )
+    )
+
+
+def turn_pieces(name: int | str) -> list[str]:
+    return [f"{role}: turn {name}" for role in ("state", "action", "info")]
 
 
 PICTURES: dict[str, Callable[[], Layout]] = {
@@ -75,9 +142,16 @@ PICTURES: dict[str, Callable[[], Layout]] = {
     "keep_all": lambda: Trajectory(segments(4), keep_all),
     "keep_last": lambda: Trajectory(segments(4), keep_last(2)),
     "fold": lambda: Trajectory(branches(), fold),
+    "strip_reasoning": lambda: Trajectory(segments(4), strip_reasoning()),
+    "clear_tool_results": lambda: Trajectory(segments(5), CLEARED),
+    "placeholders": lambda: unroll(Trajectory(segments(5), CLEARED)),
+    "sub_agents": lambda: Trajectory(rolled_back(), sub_agents),
+    "memento": lambda: Trajectory(blocks(), memento),
+    "evictions": foreign,
     "own_policy": lambda: Trajectory(segments(4), forget_observations),
     "packed": lambda: pack([Trajectory(segments(2)), Trajectory(segments(3))]),
     "group": lambda: pack([[member(8, 20), member(4, 30), member(12, 16)]]),
+    "branching": branching,
     "unrolled": lambda: unroll(Trajectory(segments(4))),
 }
 """The masks that the pages show, by the names of their files."""

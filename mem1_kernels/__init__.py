@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from mem1_kernels.block_plan import BlockPlan
+from mem1_kernels.context_editing import (
+    clear_tool_results,
+    memento,
+    strip_reasoning,
+    sub_agents,
+)
 from mem1_kernels.mask import visible
 from mem1_kernels.ops.attention import trajectory_attention
 from mem1_kernels.ops.kv_cache import (
@@ -21,7 +27,7 @@ from mem1_kernels.retention import (
     mem1,
     mem1_release,
 )
-from mem1_kernels.trajectory import Layout, Trajectory, pack
+from mem1_kernels.trajectory import Layout, Trajectory, compacted, pack
 from mem1_kernels.tree import TokenRow, TreeLayout, pack_tree, unroll
 
 __version__ = "0.2.0"
@@ -37,15 +43,20 @@ __all__ = [
     "TreeLayout",
     "append_kv_",
     "cached_attention",
+    "clear_tool_results",
+    "compacted",
     "fold",
     "keep_all",
     "keep_last",
     "mem1",
     "mem1_release",
+    "memento",
     "pack",
     "pack_tree",
     "prune_kv_",
     "prune_paged_kv_",
+    "strip_reasoning",
+    "sub_agents",
     "trajectory_attention",
     "unroll",
     "visible",

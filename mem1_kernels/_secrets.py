@@ -12,20 +12,60 @@ from mem1_kernels._text import valid_text
 MASK = "***"
 _CREDENTIAL = re.compile(r"key|token|secret|pass|pwd|auth|sig|cred|session", re.IGNORECASE)
 _SHORT = 8
+_PORTS = {"http": 80, "https": 443}
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*", re.IGNORECASE)
+_AUTHORITY = re.compile(r"(?:.*@)?(?P<host>\[[^\[\]@]*\]|[^\[\]:@]*)(?P<port>:\d*)?", re.DOTALL)
 _ENTITIES = {"'": "apos", '"': "quot", "&": "amp", "<": "lt", ">": "gt"}
 
 
 def public_address(url: str) -> str:
     """An address without user, password, query and fragment, for messages, results and logs.
 
+    Of an address that is mistyped, what may be a part of a password is left out too: all up to the
+    last "@", and a port that is no number.
+
     >>> public_address("https://me:pw@host:8013/retrieve?token=abc")
     'https://host:8013/retrieve'
+    >>> public_address("https://me:p/w@host:8013/retrieve"), public_address("https:/me:pw@host")
+    ('https://host:8013/retrieve', 'host')
     """
-    scheme, slashes, rest = str(url).partition("://")
-    if not slashes:  # a path, or an address whose scheme was forgotten
-        return re.sub(r"^[^/?#]*:[^/?#]*@|\?[^?]*=.*$", "", str(url), flags=re.DOTALL)
-    authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+    url = str(url)
+    scheme, slashes, rest = url.partition("://")
+    if not slashes or not _SCHEME.fullmatch(scheme):  # a path, or a scheme that is mistyped
+        before, _, behind = url.rpartition("@")
+        return re.sub(r"\?[^?]*=.*$", "", behind if ":" in before else url, flags=re.DOTALL)
+    shown = re.split(r"[?#]", rest, maxsplit=1)[0]
+    authority, slash, path = shown.partition("/")
+    found = _AUTHORITY.fullmatch(authority)
+    if found and ("@" not in path or (found["host"] and found["port"] != ":")):
+        return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+    if "@" in rest:
+        return f"{scheme}://{re.split('[?#]', rest.rpartition('@')[2], maxsplit=1)[0]}"
+    return f"{scheme}://{authority.partition(':')[0]}"
+
+
+def origin_of(name: str, url: str) -> tuple[str, str, int]:
+    """Scheme, host and port of an address; `name` is what the caller calls it.
+
+    Raises:
+        TypeError: no text.
+        ValueError: no http(s) address. The message shows no user, password or query.
+
+    >>> origin_of("url", "https://me:pw@Host/retrieve")
+    ('https', 'host', 443)
+    """
+    if not isinstance(url, str):
+        raise TypeError(f"{name}: expected an address, got {type(url).__name__}")
+    try:
+        parts = urlsplit(url)
+        scheme, host, port = parts.scheme.lower(), parts.hostname, parts.port
+    except ValueError:  # its message may show the password
+        scheme, host, port = "", None, None
+    twice = re.match("[^/]*//[^/]*://", url)  # the scheme, and so the rest is no path
+    if scheme not in _PORTS or not host or twice:
+        got = public_address(url)
+        raise ValueError(f"{name}: expected an address such as http://host:8000, got {got!r}")
+    return scheme, host, port or _PORTS[scheme]
 
 
 def secrets_of(url: str) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Text from outside: made valid Unicode, and made fit for a terminal."""
+"""Text from outside: made valid Unicode, and made fit for a terminal; errors as one line."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ def valid_text(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
+
+
+def error_text(error: BaseException) -> str:
+    """An error of foreign code as text: its type and message, in valid Unicode.
+
+    >>> error_text(KeyError("a"))
+    "KeyError: 'a'"
+    """
+    try:
+        message = str(error)
+    except Exception:  # foreign code: its message may itself raise
+        message = "(its message cannot be read)"
+    return valid_text(f"{type(error).__name__}: {message}")
 
 
 def printable(text: str) -> str:

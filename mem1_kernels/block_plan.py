@@ -43,13 +43,19 @@ class BlockPlan:
     A column is split when its list is longer than max(8, twice the mean), so that a prompt that
     every later token sees does not become one program that outlasts all others.
 
+    The plan of a layout of "compact" positions lists all but the prompt's keys for the tokens
+    behind it. `prompt` is the plan of these; its floor is where the prompt begins. `shift`, int64
+    `[1, tokens]`, says by how many positions queries and keys turn on for the rest.
+
     A plan made `of` a layout also carries what a model needs to know of it beside the mask:
     `predecessor`, int64 `[1, tokens]`, the token whose logits predict each one (-1: none; None: not
     known), and `needs_position_ids`, whether the positions are others than 0, 1, 2, ...
 
-    Memory: 4 n(n+1) + O(n) bytes a layout for the lists, whatever the layout: 4.2 MB at 128K
-    tokens, 0.27 MB at 32K. Building it took 0.6 ms at 8K, 2.3 ms at 32K and 34 ms at 128K tokens
-    on two CPU cores; on a GPU it has not been measured.
+    Memory: 4 n(n+1) + O(n) bytes per layout for the lists, whatever the layout: 4.2 MB at 128K
+    tokens, 0.27 MB at 32K, 268 MB at 1M. On the CPU that is address space: only pages with listed
+    tiles become memory, 8 bytes per tile. The compiled op takes time in proportion to the tokens
+    and the tiles listed (`python -m bench.plan`); plain torch, which serves CUDA and builds without
+    the extension, works on n x n tile pairs. On a GPU it has not been measured.
     """
 
     expiry: Tensor
@@ -57,6 +63,8 @@ class BlockPlan:
     lists: Tensor
     predecessor: Tensor | None = None
     needs_position_ids: bool = False
+    prompt: BlockPlan | None = None
+    shift: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"BlockPlan({self.expiry.shape[0]} x {self.tokens} tokens, {self.expiry.device})"
@@ -78,9 +86,26 @@ class BlockPlan:
         """
         if not isinstance(layout, Layout):
             raise TypeError(f"layout: expected a Layout, got {type(layout).__name__}")
-        plan = BlockPlan.from_expiry(layout.expiry, layout.floor)
+        expiry, floor = layout.expiry, layout.floor
+        parts: dict[str, Any] = {}
+        if layout.prompt_stop is not None and layout.kept_position_ids is not None:
+            stop = layout.prompt_stop
+            index = torch.arange(layout.num_tokens, device=expiry.device)
+            in_prompt = index < stop
+            length = layout.position_ids[(stop - 1).clamp(min=0)] + 1
+            begin = torch.where(stop > 0, stop - length, 0)
+            parts = {
+                "prompt": BlockPlan.from_expiry(
+                    torch.where(in_prompt, expiry.long(), index),
+                    torch.where(in_prompt, stop, begin),  # the prompt's own queries see nothing
+                ),
+                "shift": (layout.kept_position_ids - layout.position_ids)[None],
+            }
+            expiry = torch.where(in_prompt, stop, expiry.long())
+        plan = BlockPlan.from_expiry(expiry, floor)
         return replace(
             plan,
+            **parts,
             predecessor=layout.predecessor[None],
             needs_position_ids=not layout.positions_are_consecutive,
         )
@@ -156,6 +181,8 @@ class BlockPlan:
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
+        if self.prompt is not None:
+            moved["prompt"] = self.prompt.to(device)
         return replace(self, **moved)
 
 
@@ -181,7 +208,8 @@ def list_widths(tokens: int) -> list[int]:
 def build_lists(expiry: Tensor, floor: Tensor | None) -> Tensor:
     """`mem1::block_plan` in plain torch: all lists of a BlockPlan behind each other, int32.
 
-    Works on `[P, n, n]` tile pairs, never on token pairs; no value is read on the host.
+    Works on `[P, n, n]` tile pairs, never on token pairs; no value is read on the host. The
+    compiled op, csrc/cpu/block_plan.cpp, gives the same numbers.
     """
     full, any_visible = _classify(expiry, floor)
     rows = _lists(full, any_visible)

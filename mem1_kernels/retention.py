@@ -6,9 +6,10 @@ the KV cache in a rollout.
 
 from __future__ import annotations
 
+import math
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -16,6 +17,17 @@ from torch import Tensor
 
 ROLES = ("prompt", "state", "action", "info")
 GENERATED = ("state", "action")
+
+
+def listed(name: str, values: Any, expected: str) -> list[Any]:
+    """The members of a sequence or an iterator.
+
+    Raises:
+        TypeError: it is neither, or it is text.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected {expected}, got {type(values).__name__}")
+    return list(values)
 
 
 @dataclass(frozen=True)
@@ -27,18 +39,29 @@ class Segment:
         tokens: the number of tokens, or their ids.
         turn: the number of its turn, from 0; a trajectory's turns never decrease.
         depth: in how many nested branches it was written (`fold` drops a branch at its return).
+        trainable: whether it is in the loss. None: if the model generated it. True trains tool
+            output, False leaves out what was generated, such as an attempt that was rejected.
+        weight: of each of its tokens in the loss; a token of weight 2 counts as two tokens.
+        name: what policies know it by: the tool that an info came from, or the kind of a state.
 
     Raises:
-        ValueError: an unknown role; tokens, a turn or a depth that are negative or no integers.
+        TypeError: `trainable`, `weight` or `name` of another type.
+        ValueError: an unknown role; tokens, a turn or a depth that are negative or no integers; a
+            weight that is negative or not finite.
 
     >>> Segment("state", [11, 12, 13], turn=1).num_tokens
     3
+    >>> Segment("info", 5, turn=1).in_loss, Segment("info", 5, turn=1, trainable=True).in_loss
+    (False, True)
     """
 
     role: str
     tokens: int | Sequence[int] | Tensor
     turn: int = 0
     depth: int = 0
+    trainable: bool | None = None
+    weight: float = 1.0
+    name: str = ""
     num_tokens: int = field(init=False)
     ids: tuple[int, ...] | None = field(init=False)
 
@@ -49,22 +72,47 @@ class Segment:
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+        if self.trainable is not None and type(self.trainable) is not bool:
+            raise TypeError(f"trainable: expected True, False or None, got {self.trainable!r}")
+        if type(self.weight) not in (int, float):
+            raise TypeError(f"weight: expected a number, got {self.weight!r}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight: expected a finite number >= 0, got {self.weight}")
+        if not isinstance(self.name, str):
+            raise TypeError(f"name: expected text, got {self.name!r}")
         if isinstance(self.tokens, int) and not isinstance(self.tokens, bool):
             if self.tokens < 0:
                 raise ValueError(f"tokens: expected a count >= 0, got {self.tokens}")
             count, ids = self.tokens, None
         else:
-            values = self.tokens.tolist() if isinstance(self.tokens, Tensor) else self.tokens
+            tokens: Any = self.tokens
+            values = tokens.tolist() if hasattr(tokens, "tolist") else tokens
             if not isinstance(values, (list, tuple, range)):
                 got = type(values).__name__
                 raise ValueError(f"tokens: expected a count or a 1-D sequence of ids, got {got}")
-            if not all(type(token) is int for token in values):
-                raise ValueError("tokens: expected integer ids, got another type among them")
+            for token in values:
+                if type(token) is not int:
+                    raise ValueError(f"tokens: expected integer ids, got {token!r:.80}")
             if values and min(values) < 0:
                 raise ValueError(f"tokens: expected ids >= 0, got {min(values)}")
+            if values and max(values) >= 2**63:
+                raise ValueError(f"tokens: expected ids below 2^63, got {max(values)}")
             count, ids = len(values), tuple(values)
         object.__setattr__(self, "num_tokens", count)
         object.__setattr__(self, "ids", ids)
+
+    def __repr__(self) -> str:
+        said = {name: getattr(self, name) for name in ("role", "tokens", "turn", "depth")}
+        for name, default in (("trainable", None), ("weight", 1.0), ("name", "")):
+            if getattr(self, name) != default:
+                said[name] = getattr(self, name)
+        said |= {"num_tokens": self.num_tokens, "ids": self.ids}
+        return f"Segment({', '.join(f'{name}={value!r}' for name, value in said.items())})"
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether its tokens are in the loss."""
+        return self.role in GENERATED if self.trainable is None else self.trainable
 
 
 Expires: TypeAlias = Sequence[int]
@@ -75,10 +123,18 @@ list: for each segment, the index of the first segment that its tokens see (its 
 
 A rollout calls it with the segments so far and the one about to be written. So a drop that it once
 returned must stay the same when segments are added; the rollout checks this.
+
+It may have an attribute `placeholder`: token ids that stand for each segment that it dropped, where
+an engine sends the live text again. A cache that is pruned holds no placeholders.
 """
 
 
-def _after_turn_writes(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+def placeholder_of(retention: Retention) -> tuple[int, ...]:
+    """The ids that stand for a segment that `retention` dropped, where text is sent again."""
+    return tuple(getattr(retention, "placeholder", ()))
+
+
+def after_turn_writes(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
     """The turns that generate something, and for each the index after its last such segment."""
     ends: dict[int, int] = {}
     for index, segment in enumerate(segments):
@@ -97,7 +153,7 @@ def mem1(segments: Sequence[Segment]) -> list[int]:
     >>> mem1([Segment("prompt", 4), *turn(1), *turn(2)])
     [7, 6, 6, 6, 7, 7, 7]
     """
-    turns, ends = _after_turn_writes(segments)
+    turns, ends = after_turn_writes(segments)
     expires = []
     for segment in segments:
         following = bisect_right(turns, segment.turn)

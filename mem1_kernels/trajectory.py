@@ -15,13 +15,15 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from mem1_kernels.evictions import recorded
 from mem1_kernels.mask import visible_pairs
-from mem1_kernels.retention import GENERATED, Retention, Segment, mem1, retained
+from mem1_kernels.retention import ROLES, Retention, Segment, listed, mem1, retained
 
-Positions: TypeAlias = Literal["kept", "reprefill"]
+Positions: TypeAlias = Literal["kept", "compact", "reprefill"]
 """Which positions a rollout and the layout that trains it use: "kept" positions go on counting over
-dropped tokens, as in a cache that is pruned; "reprefill" positions are compact, as in an engine
-that sends the live text again."""
+dropped tokens, as in a cache that is pruned; with "compact" ones that cache also moves what is left
+to positions 0, 1, 2, ...; "reprefill" positions are those of an engine that sends the live text
+again."""
 
 
 def check_positions(value: object, name: str = "positions") -> Positions:
@@ -36,7 +38,8 @@ def check_positions(value: object, name: str = "positions") -> Positions:
     for form in get_args(Positions):
         if isinstance(value, str) and value == form:
             return form
-    expected = " or ".join(repr(form) for form in get_args(Positions))
+    *others, final = map(repr, get_args(Positions))
+    expected = f"{', '.join(others)} or {final}"
     raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
@@ -58,12 +61,17 @@ class Layout:
         expiry          int32  first index whose query no longer sees this token
         floor           int32  first token that this query sees; None: 0 for every query
         position_ids    int64  RoPE positions
-        loss_mask       bool   tokens that the model generated
+        loss_mask       bool   tokens in the loss: those that the model generated, unless their
+                               segment's `trainable` says otherwise
         predecessor     int64  the token whose logits predict this one (-1: none)
         document        int64  which of the `num_documents` packed trajectories it belongs to
         source          int64  its index in the concatenated trajectories:
                                `torch.cat(per_trajectory_values)[source]` has this layout's order
         token_ids       int64  None: the segments were given as counts
+        weights         float32  of each token in the loss; None: 1 for all
+        prompt_stop     int64  "compact" only: where the prompt that this token sees ends
+        kept_position_ids      int64  "compact" only: the positions at which a query meets all keys
+                               but its prompt's; it meets these at position_ids
 
     `spans` says where each segment lies. `source_tokens` is the number of tokens of all
     trajectories together; it differs from `num_tokens` where a layout repeats tokens or shares a
@@ -89,12 +97,19 @@ class Layout:
     token_ids: Tensor | None
     spans: tuple[Span, ...]
     positions: Positions
+    weights: Tensor | None = None
+    prompt_stop: Tensor | None = None
+    kept_position_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
+        for name in _OF_COMPACT:
+            if (getattr(self, name) is None) == (self.positions == "compact"):
+                want = "a tensor" if self.positions == "compact" else "None"
+                raise ValueError(f"{name}: expected {want} for {self.positions!r} positions")
         for name in _PER_TOKEN:
             value = getattr(self, name)
-            if value is None and name in ("floor", "token_ids"):
+            if value is None and name in ("floor", "token_ids", "weights", *_OF_COMPACT):
                 continue
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -138,6 +153,36 @@ class Layout:
         return visible_pairs(self.expiry, self.floor)
 
     @cached_property
+    def turn(self) -> Tensor:
+        """int64 `[tokens]`: the turn of each token's segment.
+
+        Raises:
+            ValueError: the layout knows no segments, as one from `pack_tree`.
+        """
+        return self._per_span([span.turn for span in self.spans])
+
+    @cached_property
+    def role(self) -> Tensor:
+        """int64 `[tokens]`: the role of each token's segment, as an index into `ROLES`.
+
+        Raises:
+            ValueError: the layout knows no segments, as one from `pack_tree`.
+
+        >>> Trajectory([Segment("prompt", 2), Segment("action", 1, 1)]).role.tolist()
+        [0, 0, 2]
+        """
+        return self._per_span([ROLES.index(span.role) for span in self.spans])
+
+    def _per_span(self, values: Sequence[int]) -> Tensor:
+        counts = torch.tensor([span.stop - span.start for span in self.spans], dtype=torch.int64)
+        if int(counts.sum()) != self.num_tokens:
+            raise ValueError("layout: knows no segments, so its tokens have no turns and no roles")
+        starts = torch.tensor([span.start for span in self.spans], dtype=torch.int64)
+        order = starts.argsort(stable=True)
+        per_token = torch.tensor(values, dtype=torch.int64)[order].repeat_interleave(counts[order])
+        return per_token.to(self.expiry.device)
+
+    @cached_property
     def positions_are_consecutive(self) -> bool:
         """Whether `position_ids` are 0, 1, 2, ..., as a model takes them by default."""
         index = torch.arange(self.num_tokens, device=self.position_ids.device)
@@ -179,6 +224,25 @@ class Layout:
         return torch.full_like(self.predecessor, ignore_index).index_put(
             (before,), self.token_ids[generated]
         )
+
+    def shift_weights(self) -> Tensor:
+        """The weight of what each token predicts, as `shift_labels` has its id.
+
+        Returns:
+            float32 `[tokens]`: 0 where a token predicts nothing in the loss.
+
+        Raises:
+            ValueError: as for `shift_labels`.
+
+        >>> trained = Segment("action", [7, 8], 1, weight=0.5)
+        >>> Trajectory([Segment("prompt", [5, 6]), trained]).shift_weights()
+        tensor([0.0000, 0.5000, 0.5000, 0.0000])
+        """
+        self.shift_labels()  # raises where one value per token does not do
+        weights = self.loss_mask.float() if self.weights is None else self.weights
+        generated = self.loss_mask.nonzero().flatten()
+        before = self.predecessor[generated]
+        return torch.zeros_like(weights).index_put((before,), weights[generated])
 
     def replaced(self, **changes: Any) -> Layout:
         """This layout with some fields replaced, as a plain Layout.
@@ -229,8 +293,14 @@ _PER_TOKEN = (
     "document",
     "source",
     "token_ids",
+    "weights",
+    "prompt_stop",
+    "kept_position_ids",
 )
 """The fields of a Layout that are tensors."""
+
+_OF_COMPACT = ("prompt_stop", "kept_position_ids")
+"""The fields that a Layout of "compact" positions has, and no other."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -260,7 +330,7 @@ class Trajectory(Layout):
     retention: Retention
 
     def __init__(self, segments: Sequence[Segment], retention: Retention = mem1) -> None:
-        segments = tuple(segments)
+        segments = tuple(listed("segments", segments, "Segments"))
         if not segments:
             raise ValueError("segments: expected at least one, got none")
         for segment in segments:
@@ -276,7 +346,7 @@ class Trajectory(Layout):
         bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         tokens = int(bounds[-1])
 
-        def per_token(values: Sequence[int] | Tensor) -> Tensor:
+        def per_token(values: Sequence[float] | Tensor) -> Tensor:
             return torch.repeat_interleave(torch.as_tensor(values), counts)
 
         index = torch.arange(tokens)
@@ -284,7 +354,7 @@ class Trajectory(Layout):
             expiry=per_token(bounds[torch.tensor(expires)]).int(),
             floor=None if floors is None else per_token(bounds[torch.tensor(floors)]).int(),
             position_ids=index,
-            loss_mask=per_token([segment.role in GENERATED for segment in segments]),
+            loss_mask=per_token([segment.in_loss for segment in segments]),
             predecessor=index - 1,
             document=torch.zeros_like(index),
             num_documents=1,
@@ -298,9 +368,66 @@ class Trajectory(Layout):
                 )
             ),
             positions="kept",
+            weights=(
+                per_token([float(segment.weight) for segment in segments])
+                if any(segment.weight != 1 for segment in segments)
+                else None
+            ),
         )
         object.__setattr__(self, "segments", segments)
         object.__setattr__(self, "retention", retention)
+
+    @classmethod
+    def from_evictions(
+        cls,
+        token_ids: Sequence[int] | Tensor,
+        evicted_at: Sequence[int | None] | Tensor | None = None,
+        *,
+        live: Sequence[tuple[int, Sequence[int] | Tensor]] | None = None,
+        loss_mask: Sequence[int] | Tensor | None = None,
+        weights: Sequence[float] | Tensor | None = None,
+    ) -> Trajectory:
+        """What another engine wrote, with the keys that it dropped on the way, token by token.
+
+        For engines that drop keys in place and let positions go on counting. A step is a number of
+        tokens: at step s the keys of tokens 0 to s - 1 have been computed, and token s comes next.
+        So a token that leaves at step s is seen by tokens up to s - 1, and `expiry` is its step.
+
+        Args:
+            token_ids: int64 `[tokens]`, all of them, dropped or not.
+            evicted_at: int64 `[tokens]`, the step at which each key left; None or a step >= tokens:
+                it never did.
+            live: in place of `evicted_at`: snapshots (step, indices of the tokens in the cache), in
+                order. A token leaves at the first snapshot without it, so there must be one at each
+                step at which something left.
+            loss_mask: bool `[tokens]`: what is trained. None: nothing is.
+            weights: float `[tokens]`: of each token in the loss. None: 1.
+
+        Returns:
+            The trajectory. What is in the loss is an action; the turns are counted from 1 and begin
+            with it; what is before the first is the prompt, the rest is info. Tokens of one step
+            form one segment, which `retention` drops at that step.
+
+        Raises:
+            TypeError: values of another type.
+            ValueError: no tokens; both or none of `evicted_at` and `live`; another number of values
+                than of tokens; a token that leaves before it is written; snapshots whose steps fall
+                or that hold tokens which were not written; a key that comes back.
+
+        Source: in-place eviction as in MEMENTO, arXiv 2604.09852.
+
+        >>> made = Trajectory.from_evictions([5, 6, 7, 8], [None, 3, None, None],
+        ...                                  loss_mask=[0, 1, 1, 1])
+        >>> made.expiry.tolist(), made.position_ids.tolist()
+        ([4, 3, 4, 4], [0, 1, 2, 3])
+        >>> same = Trajectory.from_evictions([5, 6, 7, 8], live=[(3, [0, 2]), (4, [0, 2, 3])])
+        >>> same.expiry.tolist()
+        [4, 3, 4, 4]
+        """
+        segments, retention = recorded(
+            token_ids, evicted_at, live=live, loss_mask=loss_mask, weights=weights
+        )
+        return cls(segments, retention)
 
 
 def _join_ids(segments: Sequence[Segment]) -> Tensor | None:
@@ -326,6 +453,59 @@ def _prompt_tokens(layout: Layout) -> int:
     return stop
 
 
+def compacted(trajectory: Trajectory) -> Layout:
+    """The layout of a trajectory whose rollout moved what was left at every boundary ("compact").
+
+    In the cache the prompt is followed by one run of the newest tokens, without a gap. So a query
+    meets the keys of that run at the distance they were written at, and the prompt's keys at the
+    distance that is left. Each token is in the layout once. A forward pass computes at the cache's
+    `position_ids`, which stay below the peak context; attention to the run turns its queries and
+    keys on to `kept_position_ids`, and so to the distance at which they were written.
+
+    Raises:
+        TypeError: something that is not a Trajectory.
+        ValueError: a policy that drops a part of the prompt, has floors, or leaves anything else
+            than the prompt and one run of the newest tokens (`fold`).
+
+    >>> turn = lambda t: [Segment("action", 2, t), Segment("info", 3, t)]
+    >>> layout = compacted(Trajectory([Segment("prompt", 2), *turn(1), *turn(2)]))
+    >>> layout.kept_position_ids.tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    >>> layout.position_ids.tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6]
+    """
+    if not isinstance(trajectory, Trajectory):
+        raise TypeError(f"trajectory: expected a Trajectory, got {type(trajectory).__name__}")
+    name = getattr(trajectory.retention, "__name__", repr(trajectory.retention))
+    prompt, expiry = _prompt_tokens(trajectory), trajectory.expiry.long()
+    behind = expiry[prompt:]
+    wrong = ""
+    if trajectory.floor is not None:
+        wrong = "has floors"
+    elif bool((expiry[:prompt] < trajectory.num_tokens).any()):
+        wrong = "drops the prompt"
+    elif bool((behind.diff() < 0).any()):
+        wrong = "drops tokens between others that stay"
+    if wrong:
+        raise ValueError(f"retention: {ONE_RUN}; {name} {wrong}")
+    index = torch.arange(trajectory.num_tokens)
+    dropped = torch.searchsorted(behind.contiguous(), index, right=True)
+    dropped = torch.minimum(dropped, (index - prompt).clamp(min=0))
+    values = {field.name: getattr(trajectory, field.name) for field in fields(Layout)}
+    changes = {
+        "positions": "compact",
+        "prompt_stop": torch.full_like(index, prompt),
+        "position_ids": index - dropped,
+        "kept_position_ids": index,
+    }
+    return Layout(**{**values, **changes})
+
+
+ONE_RUN = (
+    "positions='compact' needs a policy that leaves the prompt and one run of the newest tokens"
+)
+
+
 def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
     """Puts trajectories into one row for one forward pass; none sees another.
 
@@ -341,7 +521,7 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
     Raises:
         TypeError: something that is not a trajectory or group of them.
         ValueError: nothing to pack; both forms of positions; token ids in some only; or a group
-            whose prompts differ, are empty, or expire.
+            whose prompts differ, are empty, expire, or are in the loss.
 
     >>> a = Trajectory([Segment("prompt", 2), Segment("action", 2, 1)])
     >>> b = Trajectory([Segment("prompt", 2), Segment("action", 1, 1)])
@@ -353,7 +533,10 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
     """
     if isinstance(items, Layout):
         raise TypeError(f"items: expected a sequence, got one {type(items).__name__}")
-    groups = [[item] if isinstance(item, Layout) else list(item) for item in items]
+    groups = [
+        [item] if isinstance(item, Layout) else listed("items", item, "trajectories or groups")
+        for item in listed("items", items, "a list of trajectories or groups")
+    ]
     members = [member for group in groups for member in group]
     for member in members:
         if not isinstance(member, Layout):
@@ -369,6 +552,7 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
     parts: dict[str, list[Tensor]] = {name: [] for name in _PER_TOKEN}
     spans: list[Span] = []
     has_floor = any(member.floor is not None for member in members)
+    has_weights = any(member.weights is not None for member in members)
     base = source_base = document_base = 0
     for group in groups:
         shared = _check_shared_prompt(group) if len(group) > 1 else 0
@@ -390,9 +574,17 @@ def pack(items: Sequence[Layout | Sequence[Layout]]) -> Layout:
             parts["predecessor"].append(torch.where(before < 0, before, place(before))[rest])
             parts["document"].append((member.document + document_base)[rest])
             parts["source"].append((member.source + source_base)[rest])
-            for name in ("position_ids", "loss_mask", "token_ids"):
+            for name in ("position_ids", "loss_mask", "token_ids", "kept_position_ids"):
                 if getattr(member, name) is not None:
                     parts[name].append(getattr(member, name)[rest])
+            if has_weights:
+                given = member.weights
+                if given is None:
+                    given = torch.ones(member.num_tokens, device=member.expiry.device)
+                parts["weights"].append(given[rest])
+            if member.prompt_stop is not None:
+                # The stop is exclusive: it goes where the prompt's last token goes.
+                parts["prompt_stop"].append((place(member.prompt_stop - 1) + 1)[rest])
             if has_floor:
                 floor = torch.zeros_like(expiry) if member.floor is None else member.floor
                 parts["floor"].append(place(floor)[rest])
@@ -423,6 +615,11 @@ def _check_shared_prompt(group: Sequence[Layout]) -> int:
     for number, member in enumerate(group):
         if bool((member.expiry[:shared] < member.num_tokens).any()):
             raise ValueError(f"items: member {number} of a group drops a part of the shared prompt")
+        if bool(member.loss_mask[:shared].any()):
+            raise ValueError(
+                f"items: member {number} of a group trains the shared prompt; pack the members "
+                "one after the other"
+            )
         for name in ("token_ids", "position_ids"):
             mine, first = getattr(member, name), getattr(group[0], name)
             if mine is not None and not torch.equal(mine[:shared], first[:shared]):

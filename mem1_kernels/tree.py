@@ -11,10 +11,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mem1_kernels.retention import GENERATED, retained
+from mem1_kernels.retention import listed, placeholder_of, retained
 from mem1_kernels.trajectory import Layout, Span, Trajectory
 
 
@@ -70,7 +71,7 @@ def _vector(name: str, values: Any, dtype: torch.dtype, count: int | None = None
     try:
         vector = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected numbers ({error})") from None
+        raise TypeError(f"{name}: expected numbers, got {values!r:.80} ({error})") from None
     if vector.dim() != 1:
         raise ValueError(f"{name}: expected [tokens], got {list(vector.shape)}")
     if count is not None and len(vector) != count:
@@ -129,6 +130,8 @@ class TreeLayout(Layout):
         >>> [row.tolist() for row in tree.gather_rows(tree.token_ids)]
         [[1, 2, 3], [1, 2, 4]]
         """
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values: expected a tensor, got {type(values).__name__}")
         if values.shape[:1] != (self.num_tokens,):
             raise ValueError(f"values: expected [{self.num_tokens}, ...], got {list(values.shape)}")
         gathered = values.index_select(0, self.index.to(values.device))
@@ -162,7 +165,7 @@ def pack_tree(rows: Sequence[TokenRow]) -> TreeLayout:
     >>> tree.position_ids.tolist(), tree.predecessor.tolist()
     ([0, 1, 2, 3, 2], [-1, 0, 1, 2, 1])
     """
-    rows = tuple(rows)
+    rows = tuple(listed("rows", rows, "a list of TokenRows"))
     for row in rows:
         if not isinstance(row, TokenRow):
             raise TypeError(f"rows: expected TokenRows, got {type(row).__name__}")
@@ -199,10 +202,14 @@ def unroll(trajectory: Trajectory) -> Layout:
     """The re-prefill form: what an engine computes that sends the live text again every turn.
 
     Each turn is a branch: the prompt, the segments that are alive when the turn starts, at compact
-    positions, and then what the turn writes. Branches share the text that they have in common at
-    their beginning: the prompt, and under policies that keep older segments those too. So a turn
-    before which nothing was dropped goes on in the branch of the turn before. Every generated token
-    is in the loss exactly once, in the branch that generated it.
+    positions, and then what the turn writes. A turn in which something is dropped at a mark goes on
+    in a branch of its own from there. Where the policy has a placeholder, it stands for each
+    segment that was dropped; its `source` is that segment's first token.
+
+    Branches share the text that they have in common at their beginning: the prompt, and under
+    policies that keep older segments those too. So a turn before which nothing was dropped goes on
+    in the branch of the turn before. Every token in the loss is there exactly once, in the branch
+    that wrote or read it first. What is not in the loss and was seen by nothing in it is left out.
 
     Raises:
         TypeError: something that is not a Trajectory.
@@ -230,23 +237,41 @@ def unroll(trajectory: Trajectory) -> Layout:
     if any(expires[index] < len(segments) for index in range(prompts)):
         raise ValueError("trajectory: its prompt expires, so its turns share none")
 
-    # A row per generated segment: the tokens that it sees, by their places in the trajectory, and
-    # its own behind them.
+    # A row per segment in the loss: the tokens that it sees, by their places in the trajectory, and
+    # its own behind them. Places behind the trajectory's end are those of placeholders.
+    placeholder = placeholder_of(trajectory.retention)
+    tokens, length = trajectory.num_tokens, len(placeholder)
     places = [torch.arange(span.start, span.stop) for span in trajectory.spans]
+    first = torch.tensor([span.start for span in trajectory.spans])
     rows = [torch.cat([torch.arange(0), *places[:prompts]])]
-    for index, segment in enumerate(segments):
-        if segment.role in GENERATED:
-            alive = [past for past in range(index) if expires[past] > index]
-            rows.append(torch.cat([places[past] for past in [*alive, index]]))
+    for index, segment in enumerate(segments[prompts:], prompts):
+        if segment.in_loss:
+            seen = []
+            for past in range(index):
+                if expires[past] > index:
+                    seen.append(places[past])
+                elif segments[past].num_tokens:
+                    begin = tokens + past * length
+                    seen.append(torch.arange(begin, begin + length))
+            rows.append(torch.cat([*seen, places[index]]))
     tree = _lay_out(rows)
-    source = torch.cat(rows)[tree.source]
-    loss_mask = torch.zeros(len(source), dtype=torch.bool)
-    written = [segment.num_tokens for segment in segments if segment.role in GENERATED]
+    place = torch.cat(rows)[tree.source]
+    loss_mask = torch.zeros(len(place), dtype=torch.bool)
+    loss_mask[tree.index[: len(rows[0])]] = trajectory.loss_mask[rows[0]]
+    written = [segment.num_tokens for segment in segments[prompts:] if segment.in_loss]
     end = len(rows[0])
     for row, count in zip(rows[1:], written, strict=True):
         end += len(row)
         loss_mask[tree.index[end - count : end]] = True
-    ids = trajectory.token_ids
+    source, ids = place, trajectory.token_ids
+    stands_in = place >= tokens
+    if bool(stands_in.any()):
+        source = place.clone()
+        source[stands_in] = first[(place[stands_in] - tokens) // length]
+    token_ids = None if ids is None else ids[source]
+    if token_ids is not None and bool(stands_in.any()):
+        token_ids[stands_in] = torch.tensor(placeholder)[(place[stands_in] - tokens) % length]
+    weights = trajectory.weights
     return Layout(
         expiry=tree.expiry,
         floor=None,
@@ -256,23 +281,27 @@ def unroll(trajectory: Trajectory) -> Layout:
         document=torch.zeros_like(source),
         num_documents=1,
         source=source,
-        source_tokens=trajectory.num_tokens,
-        token_ids=None if ids is None else ids[source],
-        spans=_spans(trajectory, source),
+        source_tokens=tokens,
+        token_ids=token_ids,
+        spans=_spans(trajectory, place, length),
         positions="reprefill",
+        weights=None if weights is None else weights[source],
     )
 
 
-def _spans(trajectory: Trajectory, source: Tensor) -> tuple[Span, ...]:
-    """Where the pieces of the trajectory's segments lie, once its tokens are in this order."""
+def _spans(trajectory: Trajectory, place: Tensor, placeholder: int) -> tuple[Span, ...]:
+    """Where the pieces of the trajectory's segments lie, once its tokens, and behind them the
+    placeholders of its segments, are in this order."""
     counts = torch.tensor([segment.num_tokens for segment in trajectory.segments])
-    segment = torch.arange(len(counts)).repeat_interleave(counts)[source]
-    new = torch.ones(len(source), dtype=torch.bool)
-    new[1:] = (segment[1:] != segment[:-1]) | (source[1:] != source[:-1] + 1)
+    number = torch.arange(len(counts))
+    segment = torch.cat([number.repeat_interleave(counts), number.repeat_interleave(placeholder)])
+    segment = segment[place]
+    new = torch.ones(len(place), dtype=torch.bool)
+    new[1:] = (segment[1:] != segment[:-1]) | (place[1:] != place[:-1] + 1)
     starts = new.nonzero().flatten().tolist()
     return tuple(
         trajectory.spans[int(segment[start])]._replace(start=start, stop=stop)
-        for start, stop in zip(starts, [*starts[1:], len(source)], strict=True)
+        for start, stop in zip(starts, [*starts[1:], len(place)], strict=True)
     )
 
 
@@ -294,113 +323,114 @@ class _Tree:
 
 
 def _lay_out(rows: Sequence[Tensor]) -> _Tree:
-    nodes, ends = prefix_tree(rows)
+    nodes, places = _prefix_tree(rows)
     counts = torch.tensor([len(row) for row in rows])
-    starts = (counts.cumsum(0) - counts).tolist()
-    tokens = nodes[-1].end if nodes else 0
-    whole = torch.empty(tokens, dtype=torch.int64)
-    tree = _Tree(
-        source=whole,
-        row=torch.empty_like(whole),
-        position_ids=torch.empty_like(whole),
-        expiry=torch.empty(tokens, dtype=torch.int32),
-        predecessor=torch.arange(-1, tokens - 1),
-        index=torch.empty(int(counts.sum()), dtype=torch.int64),
+    starts = counts.cumsum(0) - counts
+    table = [(n.row, n.start, n.stop, n.first, n.subtree_stop) for n in nodes]
+    row, start, stop, first, subtree_stop = torch.tensor(table).reshape(-1, 5).T
+    length = stop - start
+    offset = length.cumsum(0) - length
+    node = torch.arange(len(nodes)).repeat_interleave(length)
+    order = torch.arange(len(node))
+    within = order - offset[node]
+    predecessor = order - 1
+    before = [-1 if n.parent is None else n.parent.end - 1 for n in nodes]
+    predecessor[offset] = torch.tensor(before, dtype=torch.int64)
+    final = torch.empty_like(order)
+    final[first[node] + within] = order
+    return _Tree(
+        source=(starts[row] + start)[node] + within,
+        row=row[node],
+        position_ids=start[node] + within,
+        expiry=subtree_stop[node].int(),
+        predecessor=predecessor,
+        index=final[places],
     )
-    for node in nodes:
-        here = slice(node.offset, node.end)
-        begin = starts[node.row]
-        tree.source[here] = torch.arange(begin + node.start, begin + node.stop)
-        tree.row[here] = node.row
-        tree.position_ids[here] = torch.arange(node.start, node.stop)
-        tree.expiry[here] = node.subtree_stop
-        tree.predecessor[node.offset] = -1 if node.parent is None else node.parent.end - 1
-    for begin, step in zip(starts, ends, strict=True):
-        while step is not None:
-            tree.index[begin + step.start : begin + step.stop] = torch.arange(step.offset, step.end)
-            step = step.parent
-    return tree
 
 
 @dataclass(eq=False)
-class Node:
-    """A run of items that the same rows share: items `start` to `stop` of `row`, the first of them.
+class _Node:
+    """A run of tokens that the same rows share: tokens `start` to `stop` of `row`, their first.
 
-    `offset` is its place in depth-first order, `subtree_stop` where all behind it has ended.
+    `first` is its place in the order in which tokens were found, `offset` that in depth-first
+    order, `subtree_stop` where all behind it has ended.
     """
 
     row: int
     start: int
     stop: int
-    parent: Node | None
-    children: list[Node] = field(default_factory=list)
+    first: int
+    parent: _Node | None
+    children: list[_Node] = field(default_factory=list)
     offset: int = 0
     subtree_stop: int = 0
 
     @property
     def end(self) -> int:
-        """The place behind its last item."""
+        """The place behind its last token."""
         return self.offset + self.stop - self.start
 
 
-def prefix_tree(rows: Sequence[Tensor]) -> tuple[list[Node], list[Node | None]]:
-    """The compressed prefix tree of integer rows.
-
-    Args:
-        rows: int64 `[items]` each, on the CPU, none of them negative.
+def _prefix_tree(rows: Sequence[Tensor]) -> tuple[list[_Node], Tensor]:
+    """The compressed prefix tree of rows of ids >= 0, int64 on the CPU.
 
     Returns:
-        The nodes in depth-first order, children in the order of their first rows; and for each row
-        the node that it ends in (None: the row is empty).
+        The nodes in depth-first order, children in the order of their first rows; and int64
+        `[source tokens]`, the place of each row's tokens in the order in which tokens were found.
     """
+    items = [row.numpy() for row in rows]
     # Big-endian bytes sort as the integers do, and prefixes before what they begin.
-    words = [row.numpy().astype(">u8").tobytes() for row in rows]
-    order = sorted(range(len(rows)), key=words.__getitem__)
-    root = Node(0, 0, 0, None)
-    ends: list[Node | None] = [None] * len(rows)
-    path = [root]
-    previous = rows[order[0]][:0]
-    for row in order:
-        items = rows[row]
-        shared = _common(previous, items)
+    words = [row.astype(">u8").tobytes() for row in items]
+    begins = np.cumsum([0, *map(len, items)]).tolist()
+    places = np.empty(begins[-1], dtype=np.int64)
+    root = _Node(0, 0, 0, 0, None)
+    path, found = [root], 0
+    previous, previous_places = places[:0], places[:0]
+    for row in sorted(range(len(rows)), key=words.__getitem__):
+        mine = places[begins[row] : begins[row + 1]]
+        shared = _common(previous, items[row])
         # Everything below the shared part is complete; a node that it ends in is cut in two.
-        below: Node | None = None
+        below: _Node | None = None
         while path[-1].stop > shared:
             below = path.pop()
         top = path[-1]
         if below is not None and top.stop < shared:
-            upper = Node(below.row, below.start, shared, top, [below])
+            upper = _Node(below.row, below.start, shared, below.first, top, [below])
             top.children[-1] = upper
+            below.first += shared - below.start
             below.start, below.parent = shared, upper
             path.append(upper)
             top = upper
-        if len(items) > shared:
-            leaf = Node(row, shared, len(items), top)
+        mine[:shared] = previous_places[:shared]
+        if len(mine) > shared:
+            leaf = _Node(row, shared, len(mine), found, top)
             top.children.append(leaf)
             path.append(leaf)
-        ends[row] = path[-1] if len(items) else None
-        previous = items
-    return _depth_first(root, ends), ends
+            mine[shared:] = np.arange(found, found + len(mine) - shared)
+            found += len(mine) - shared
+        path[-1].row = min(path[-1].row, row)
+        previous, previous_places = items[row], mine
+    return _depth_first(root), torch.from_numpy(places)
 
 
-def _common(a: Tensor, b: Tensor) -> int:
+def _common(a: Any, b: Any) -> int:
     """How many items two rows have in common at their beginning."""
     count = min(len(a), len(b))
     differ = a[:count] != b[:count]
-    return int(differ.int().argmax()) if bool(differ.any()) else count
+    at = int(differ.argmax()) if count else 0
+    return at if count and differ[at] else count
 
 
-def _depth_first(root: Node, ends: Sequence[Node | None]) -> list[Node]:
+def _depth_first(root: _Node) -> list[_Node]:
     """Orders the tree by first rows, and sets `row`, `parent`, `offset` and `subtree_stop`."""
-    # Each node belongs to the first row that passes through it.
-    for row in range(len(ends) - 1, -1, -1):
-        node = ends[row]
-        while node is not None and node is not root:
-            node.row = row
-            node = node.parent
-    nodes: list[Node] = []
+    found = [root]
+    for node in found:
+        found += node.children
+    for node in reversed(found):  # a node belongs to the first row that passes through it
+        node.row = min([node.row, *(child.row for child in node.children)])
+    nodes: list[_Node] = []
     offset = 0
-    stack: list[tuple[Node, bool]] = [(root, False)]
+    stack: list[tuple[_Node, bool]] = [(root, False)]
     while stack:
         node, done = stack.pop()
         if done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -102,3 +103,32 @@ def serve(answer: Callable[[Request], Any]) -> Iterator[Server]:
         httpd.shutdown()
         thread.join()
         httpd.server_close()
+
+
+@contextmanager
+def drips(begin: bytes, seconds: float = 60.0) -> Iterator[int]:
+    """A port that answers a connection with `begin` and then a byte every 0.05 seconds."""
+    closing = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, suppress(OSError):  # the client has gone
+                    connection.recv(1)
+                    connection.sendall(begin)
+                    for _ in range(int(seconds / 0.05)):
+                        if closing.wait(0.05):
+                            return
+                        connection.sendall(b"2")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        closing.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()

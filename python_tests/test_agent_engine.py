@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
+import traceback
 from dataclasses import replace
 
 import pytest
 import torch
 from agent_models import completions, greedy_writer, make_model, make_tokenizer
-from local_server import Raw, serve
+from local_server import Raw, drips, serve
 
 from mem1_kernels import keep_all, keep_last, mem1, mem1_release
+from mem1_kernels.agent import BM25, MemoryEfficientAgent, Passage
 from mem1_kernels.rollout import EngineError, Generation, HFEngine, ServerEngine, collate, score
 
 PROMPTS = [[5, 9, 11, 7, 30, 8], [6, 7], list(range(10, 27))]
@@ -272,11 +275,208 @@ def test_policies_that_a_server_cannot_follow(server):
         engine.run(PROMPTS[:1], world, replace(GENERATION, retention=fickle))
 
 
+def raising(row, error):
+    """A function of a turn that raises in one row's second turn."""
+
+    def hook(turn):
+        if turn.row == row and turn.number == 2:
+            raise error
+        return 0
+
+    return hook
+
+
+class Silent(Exception):
+    """Its message cannot be read."""
+
+    def __str__(self):
+        raise RuntimeError("no message")
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        ({"depth": raising(1, KeyError("x"))}, "KeyError: 'x'"),
+        ({"depth": raising(1, Silent())}, "Silent: (its message cannot be read)"),
+        ({"depth": lambda t: -1 if (t.row, t.number) == (1, 2) else 0}, "depth: expected at least"),
+        ({"depth": lambda t: "a" if (t.row, t.number) == (1, 2) else 0}, "depth: expected an int"),
+        ({"state_tokens": "second row"}, "state_tokens: expected 0 to "),
+        ({"reply": [[99999]]}, "respond, row 1: expected token ids from 0 to "),
+        ({"reply": [[-1]]}, "respond, row 1: expected token ids from 0 to "),
+        ({"reply": ["text"]}, "respond, row 1: expected token ids, got str"),
+        ({"reply": [[2.5]]}, "respond, row 1: expected integer token ids, got [2.5]"),
+        ({"reply": [7]}, "respond, row 1: expected token ids, got int"),
+    ],
+)
+@pytest.mark.parametrize("where", ["kept", "reprefill", "server"])
+def test_what_goes_wrong_in_one_row_ends_that_row(model, tokenizer, server, where, hook, message):
+    """Three rows of up to four turns; the second row goes wrong in its second turn."""
+    calls = {"turns": 0}
+
+    def state_tokens(ids):
+        calls["turns"] += 1
+        return 10**6 if calls["turns"] == 5 else 0
+
+    def respond(turns):
+        wrong = hook.get("reply", [[51, 52]])[0]
+        return [wrong if (t.row, t.number) == (1, 2) else [51, 52] for t in turns]
+
+    options = {"depth": hook.get("depth")}
+    if "state_tokens" in hook:
+        options["state_tokens"] = state_tokens
+    engine = engine_for(server, tokenizer, workers=1)
+    if where != "server":
+        engine = HFEngine(model, tokenizer, positions=where)
+    generation = Generation(max_turns=4, max_new_tokens=3, temperature=0.0, **options)
+    rollouts = engine.run([[5, 9], [6, 7], [8]], respond, generation)
+    assert [bool(rollout.error) for rollout in rollouts] == [False, True, False]
+    assert message in rollouts[1].error
+    turns = [len(rollout.turns) for rollout in rollouts]
+    assert turns == [4, 1 if "state_tokens" in hook else 2, 4]
+    assert largest_difference(model, rollouts) <= 2e-5
+
+
+def test_what_goes_wrong_in_every_row_at_once_is_raised(server):
+    """It is no fault of one episode."""
+    generation = replace(GENERATION, depth=lambda turn: {}["a"])
+    with pytest.raises(KeyError, match="a"):
+        engine_for(server).run(PROMPTS, lambda turns: [[8]] * len(turns), generation)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_ids": 7},
+        {"token_ids": "7"},
+        {"token_ids": ["7"]},
+        {"token_ids": [7.0]},
+        {"token_ids": [True]},
+        {"token_ids": [-1]},
+        {"token_ids": [2**31]},
+        {"token_ids": [2**70]},
+        {"token_ids": [None]},
+        {"token_ids": {"7": 1}},
+        {"token_ids": [7, 7], "logprobs": {"token_logprobs": [-1.0]}},
+        {"token_ids": [7] * 10, "logprobs": {"token_logprobs": [-1.0] * 10}},
+        {"logprobs": {"token_logprobs": [float("nan")]}},
+        {"logprobs": {"token_logprobs": [float("-inf")]}},
+        {"logprobs": {"token_logprobs": [None]}},
+        {"logprobs": {"token_logprobs": -1.0}, "token_ids": [7, 7]},
+        {"logprobs": {}},
+        {"logprobs": "no"},
+        {"logprobs": [1]},
+        {"finish_reason": {"a": 1}},
+        {"finish_reason": ["stop"]},
+        {"prompt_token_ids": 5},
+        {"prompt_token_ids": "5"},
+        {"prompt_token_ids": [[5]]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_odd_choice_ends_its_own_row(changes, streamed):
+    ends_alone(one_choice(**changes), streamed)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        one_choice() | {"choices": []},
+        one_choice() | {"choices": one_choice()["choices"] * 2},
+        one_choice() | {"choices": None},
+        one_choice() | {"choices": {}},
+        one_choice() | {"choices": ["x"]},
+        one_choice() | {"choices": [None]},
+        one_choice() | {"choices": [[]]},
+        {},
+        [],
+        None,
+        5,
+        "text",
+        Raw([b"not json"], headers={"Content-Type": "application/json"}),
+        Raw([b"[" * 100_000], headers={"Content-Type": "application/json"}),
+        Raw([b'{"choices":' * 50_000], headers={"Content-Type": "application/json"}),
+        Raw([b"\xff\xfe\x00"], headers={"Content-Type": "application/json"}),
+        Raw([b"{}"], headers={"Content-Type": "application/json; charset=nonsense"}),
+        Raw([b""], headers={"Content-Type": "application/json"}),
+        Raw([b"x"], status=204),
+    ],
+    ids=lambda reply: repr(reply)[:40],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_odd_reply_ends_its_own_row(reply, streamed):
+    ends_alone(reply, streamed)
+
+
+def ends_alone(odd, streamed):
+    """Of three rows one gets an odd reply in its second turn; the others go on to their end."""
+    calls = {"odd": 0}
+
+    def answer(request):
+        reply = one_choice(token_ids=[9])
+        if request.json["prompt"][0] == 6:
+            calls["odd"] += 1
+            reply = odd if calls["odd"] == 2 else reply
+        if not streamed:
+            return reply
+        if isinstance(reply, Raw):
+            pieces = [b"data: ", *reply.pieces, b"\n\n"]
+            kept = {k: v for k, v in reply.headers.items() if "charset" in v}
+            return Raw(pieces, reply.status, kept)
+        return f"data: {json.dumps(reply)}\n\ndata: [DONE]\n\n"
+
+    with serve(answer) as server:
+        engine = engine_for(server, retries=0)
+        rollouts = engine.run(
+            [[5], [6], [7]],
+            lambda turns: [[8]] * len(turns),
+            GENERATION,
+            (lambda row, ids: None) if streamed else None,
+        )
+    assert [len(rollout.turns) for rollout in rollouts] == [6, 1, 6]
+    assert [bool(rollout.error) for rollout in rollouts] == [False, True, False]
+    assert "server http://127.0.0.1" in rollouts[1].error
+
+
+def test_what_a_callback_raises_is_no_fault_of_the_server(server):
+    def on_tokens(row, ids):
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="^mine$"):
+        engine_for(server).run(PROMPTS, world, GENERATION, on_tokens)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"HTTP/1.1 200 ",
+        b"HTTP/1.1 200 OK\r\nX-A: ",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"\x16\x03\x03\x40\x00",
+    ],
+    ids=["status", "headers", "body", "body without an end", "TLS"],
+)
+def test_a_server_that_drips_is_left_in_time(begin):
+    """A byte now and then satisfies every time limit of one read."""
+    with drips(begin) as port:
+        scheme = "http" if begin[:1] == b"H" else "https"
+        engine = ServerEngine(
+            f"{scheme}://127.0.0.1:{port}/v1", "tiny", timeout=30, turn_timeout=0.5, retries=0
+        )
+        begun = time.monotonic()
+        with pytest.raises(EngineError, match="no answer in time"):
+            engine.run([[4]], world, GENERATION)
+        assert time.monotonic() - begun < 20  # it would drip for 60 seconds
+
+
 ERRORS = {
     "base_url: expected an address": ("localhost:8000", {}),
     "timeout: expected more than 0": ("http://x/v1", {"timeout": 0}),
     "retries: expected at least 0, got -1": ("http://x/v1", {"retries": -1}),
     "workers: expected at least 1, got 0": ("http://x/v1", {"workers": 0}),
+    "base_url: expected an address such as": ("http://", {}),
+    "base_url: expected a valid address": ("http://a b\x00/v1", {}),
 }
 
 
@@ -287,14 +487,61 @@ def test_server_arguments(message):
         ServerEngine(url, "tiny", **options)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://u:hunter2/w@h/x",
+        "http:/u:hunter2@h/x",
+        "//u:hunter2@h/x",
+        "http://[::1:hunter2@h",
+        "https://user:hunt[er2@h/v1",
+        "https:u:hunter2@h",
+        "http:///u:hunter2@h/x",
+        "http://http://u:hunter2@h/x",
+        "u:hunter2@http://h/x",
+        "http://u:hunter2#@h/x",
+        "http://u:hunter2?@h/x",
+        "http:\\\\u:hunter2@h",
+        "http://u:hunter2",
+        "http://u:hunter2@h\N{CARE OF}/",
+        "http://u:hunter2@h\x00/",
+        "http://u:hunter2@h:99999/",
+    ],
+)
+def test_a_mistyped_address_shows_no_password(url):
+    with pytest.raises(ValueError, match="^base_url: expected ") as caught:
+        ServerEngine(url, "tiny")
+    told = "".join(traceback.format_exception(caught.value))
+    assert "hunt" not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__context__ is None, told
+    if "\x00" not in url and "99999" not in url:
+        with pytest.raises(ValueError, match="^engine: expected ") as caught:
+            MemoryEfficientAgent("tiny", engine=url, environment=BM25([Passage("a", "b")]))
+        assert "hunt" not in str(caught.value)
+
+
+def test_an_address_that_is_no_text():
+    for url in (None, 5, b"http://h"):
+        with pytest.raises(TypeError, match="base_url: expected an address, got"):
+            ServerEngine(url, "tiny")
+
+
 def test_other_arguments(model, server):
-    with pytest.raises(ValueError, match="positions: expected 'kept' or 'reprefill', got 'both'"):
+    with pytest.raises(
+        ValueError, match="positions: expected 'kept', 'compact' or 'reprefill', got 'both'"
+    ):
         HFEngine(model, positions="both")
     for prompts in ([], [[1], []]):
         with pytest.raises(ValueError, match="prompts: expected at least one"):
             engine_for(server).run(prompts, world, GENERATION)
     with pytest.raises(ValueError, match="respond: expected 1 replies, got 2"):
         engine_for(server).run([[1]], lambda turns: [None, None], GENERATION)
+    with pytest.raises(TypeError, match="respond: expected a list of replies, got NoneType"):
+        engine_for(server).run([[1]], lambda turns: None, GENERATION)
+    with pytest.raises(TypeError, match="generation: expected a Generation, got dict"):
+        engine_for(server).run([[1]], world, {})
+    with pytest.raises(TypeError, match="prompts: expected a list, got int"):
+        engine_for(server).run(5, world, GENERATION)
     for wrong in (99, None):
         splits = replace(GENERATION, state_tokens=lambda ids, wrong=wrong: wrong)
         with pytest.raises(ValueError, match=f"state_tokens: expected 0 to .*, got {wrong}"):

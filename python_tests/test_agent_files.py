@@ -7,11 +7,13 @@ import os
 import stat
 
 import pytest
+from local_server import serve
 
 from mem1_kernels._text import valid_text
 from mem1_kernels.agent._files import parse_json, read_jsonl, written_whole
+from mem1_kernels.agent.environment import ToolError
 from mem1_kernels.agent.qa import load_questions
-from mem1_kernels.agent.retrieval import open_retriever, read_corpus
+from mem1_kernels.agent.retrieval import RetrievalServer, open_retriever, read_corpus
 
 LINES = ['{"id": "1", "contents": "café\\nx"}', '{"id": "2", "contents": "b"}']
 
@@ -169,3 +171,36 @@ def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         with written_whole(tmp_path / "no" / "x.txt"):
             raise AssertionError("nothing may be written")
+
+
+@pytest.mark.parametrize("path", ["a\0b.jsonl", "\ud83d.jsonl"])
+def test_a_name_that_no_file_can_have(path):
+    for read in (open_retriever, load_questions):
+        with pytest.raises(ValueError, match="no file can have this name"):
+            read(path)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"a.jsonl"])
+def test_a_path_of_another_type(path):
+    with pytest.raises(TypeError, match="corpus: expected a path, got"):
+        open_retriever(path)
+    with pytest.raises(TypeError, match="path: expected a path, got"):
+        load_questions(path)
+
+
+def test_a_file_name_does_not_steer_the_terminal():
+    for read in (open_retriever, load_questions):
+        with pytest.raises(FileNotFoundError) as caught:
+            read("\x1b[31m.jsonl")
+        assert "\\x1b[31m.jsonl: No such file" in str(caught.value)
+
+
+def test_numbers_that_no_float_can_hold(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "q", "golden_answers": [10**400]}))
+    with pytest.raises(ValueError, match="line 1: golden_answers: expected texts or numbers, got"):
+        load_questions(path)
+    reply = {"result": [[{"document": {"id": "1", "contents": "a"}, "score": 10**400}]]}
+    with serve(lambda request: reply) as server:
+        with pytest.raises(ToolError, match="score: expected a finite number, got 1000"):
+            RetrievalServer(server.url, retries=0).search(["q"])

@@ -9,13 +9,14 @@ import json
 import logging
 import socket
 import threading
+import time
 import traceback
 import urllib.parse
 import zlib
 from contextlib import contextmanager
 
 import pytest
-from local_server import Raw, serve
+from local_server import Raw, drips, serve
 
 from mem1_kernels._secrets import Mask, public_address
 from mem1_kernels.agent import _http
@@ -492,7 +493,14 @@ def test_a_key_that_no_header_can_hold(monkeypatch):
     [
         ("http://host", "http://host"),
         ("https://me:pw@host:8000/v1?key=a#b", "https://host:8000/v1"),
-        ("http://me@x:pw/@host/v1", "http://me@x:pw"[:7] + "x:pw/@host/v1"),
+        ("http://me@x:pw/@host/v1", "http://host/v1"),
+        ("http://host:80/@me/v1", "http://host:80/@me/v1"),
+        ("http://[::1]:80/@me/v1", "http://[::1]:80/@me/v1"),
+        ("http://host:/v1", "http://host:/v1"),
+        ("http://u:hunter2/w@h/x", "http://h/x"),
+        ("http:/u:hunter2@h/x", "h/x"),
+        ("//u:hunter2@h/x?y=1", "h/x"),
+        ("C:/data@v2/x.txt", "v2/x.txt"),
         ("me:pw@host?k=1", "host"),
         ("data@v2/questions.txt", "data@v2/questions.txt"),
         ("http://host?k=me@x", "http://host"),
@@ -521,6 +529,17 @@ def test_no_address(url):
         with pytest.raises(ValueError, match="^url: expected an address") as caught:
             kind(url)
         assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "begin"), [("http", b"HTTP/1.1 200 "), ("https", b"\x16\x03\x03\x40\x00")]
+)
+def test_a_server_that_drips_is_left_in_time(scheme, begin):
+    with drips(begin) as port:
+        begun = time.monotonic()
+        with pytest.raises(ToolError, match="no answer in time"):
+            RetrievalServer(f"{scheme}://127.0.0.1:{port}", timeout=0.5, retries=0).search(["x"])
+        assert time.monotonic() - begun < 20  # it would drip for 60 seconds
 
 
 def test_an_address_that_cannot_be_asked():

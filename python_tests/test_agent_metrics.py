@@ -62,6 +62,26 @@ from mem1_kernels.agent.metrics import (
         ("1990 — 1995", ["1990-1995"], 1, 1),
         ("COVID–19", ["COVID-19"], 1, 1),
         ("3.", ["3"], 1, 1),
+        ("1e-5", ["1e5"], 0, 0),
+        ("1E−5", ["1e-5"], 1, 1),
+        ("1e+5", ["1e5"], 1, 1),
+        ("-pi", ["pi"], 0, 0),
+        ("−x", ["-x"], 1, 1),
+        ("-(x)", ["x"], 0, 0),
+        ("x = -y", ["x = y"], 0, 1 / 2),
+        ("-∞", ["∞"], 0, 0),
+        ("–Paris", ["Paris"], 1, 1),
+        ("- Paris", ["Paris"], 1, 1),
+        ("well-known", ["wellknown"], 1, 1),
+        ("<5", [">5"], 0, 0),
+        ("<5", ["5"], 0, 0),
+        ("< 5", ["<5"], 1, 1),
+        ("<= 5", ["≤5"], 1, 1),
+        (">=5", [">5"], 0, 0),
+        ("≤5", ["≥5"], 0, 0),
+        ("< -5", ["<5"], 0, 0),
+        ("-> 5", ["5"], 1, 1),
+        ("<b>", ["b"], 1, 1),
         (".jp", ["jp"], 1, 1),
         # quotes and dashes
         ("N’Djamena", ["N'Djamena"], 1, 1),
@@ -131,6 +151,19 @@ def test_squad_is_the_published_function():
         text = "".join(rng.choices(pieces, k=rng.randint(0, 8)))
         assert normalize(text, squad=True) == (published(text) or normalize(text, squad=True))
         assert published(text) or not published(normalize(text, squad=True))
+
+
+@pytest.mark.parametrize("golden", ["Nile", None, 5, [None], [5], [["Nile"]], {"a": 1}, [b"x"]])
+def test_golden_answers_of_another_type(golden):
+    for function in (exact_match, f1):
+        with pytest.raises(TypeError, match="golden: expected .*texts, got"):
+            function("N", golden)
+
+
+def test_a_prediction_of_another_type():
+    for function in (exact_match, f1):
+        with pytest.raises(TypeError, match="prediction: expected text, got NoneType"):
+            function(None, ["Nile"])
 
 
 def test_one_rule_at_a_time():

@@ -11,6 +11,7 @@ import pytest
 from local_server import serve
 
 from mem1_kernels.agent._http import HTTP
+from mem1_kernels.agent._words import split_words
 from mem1_kernels.agent.environment import ToolError
 from mem1_kernels.agent.retrieval import (
     BM25,
@@ -485,3 +486,31 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, use, ex
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ImportError, match=rf"{package} is not installed .*mem1-kernels\[{extra}\]"):
         use()
+
+
+@pytest.mark.parametrize("query", ["snake", "case", "snake_case", "SNAKE", "case snake"])
+def test_a_part_of_a_word_with_underscores_is_found(query):
+    corpus = BM25([Passage("a", "the function snake_case"), Passage("b", "an other")])
+    assert [passage.id for passage in corpus.search([query], 2)[0]] == ["a"]
+
+
+def test_words_with_underscores():
+    assert split_words("__init__ a_to_é_首都 the_end").words == [
+        *("__init__", "init"),
+        *("a_to_é_", "首", "都", "首都", "首", "都", "首都"),
+        *("the_end", "end"),
+    ]
+    assert "the" in split_words("the_end").light
+
+
+@pytest.mark.parametrize("queries", [None, 5, [None], ["a", 5], [b"a"], [["a"]], {"a"}, "a"])
+def test_queries_of_another_type(queries):
+    for retriever in (BM25([Passage("a", "x")]), RetrievalServer("http://127.0.0.1:1")):
+        with pytest.raises(TypeError, match="queries: expected .*, got "):
+            retriever.search(queries)
+
+
+@pytest.mark.parametrize("topk", [None, "3", 2.0, True])
+def test_topk_of_another_type(topk):
+    with pytest.raises(TypeError, match="topk: expected an integer, got"):
+        BM25([Passage("a", "x")]).search(["x"], topk)

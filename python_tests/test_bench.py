@@ -15,7 +15,18 @@ from types import SimpleNamespace
 import pytest
 
 import bench.__main__ as all_of_them
-from bench import attention, cli, history, kv_cache, mask_ablation, names, plots, report, rollout
+from bench import (
+    attention,
+    cli,
+    history,
+    kv_cache,
+    mask_ablation,
+    names,
+    plots,
+    report,
+    rollout,
+    trees,
+)
 from bench.page import blocks, text_table, write_page
 from bench.record import RESULTS, ROOT, Report, read_folder, write_results
 from bench.timing import Timing
@@ -32,6 +43,10 @@ COMMANDS = {
         "--rounds 1",
     ),
     "rollout": (rollout, "--turns 2 --batch 1 --layers 1 --rounds 1"),
+    "trees": (
+        trees,
+        "--layouts small --ways packed apart dense --layers 1 --rounds 1 --dense-limit 2000",
+    ),
 }
 
 
@@ -50,18 +65,28 @@ def test_a_small_run_keeps_its_results_and_makes_a_page(name, tmp_path, monkeypa
     assert said["versions"]["torch"] and said["commit"] and said["date"] and said["device"]
     assert content["options"]["rounds"] == 1 and "out" not in content["options"]
     rows = content["rows"]
-    assert len(rows) == {"attention": 20, "kv_cache": 7, "rollout": 4}[name]
+    assert len(rows) == {"attention": 20, "kv_cache": 7, "rollout": 4, "trees": 10}[name]
     assert len(capsys.readouterr().out.splitlines()) >= len(rows)
     if name == "attention":
         pairs = {r["implementation"]: r["pairs"] for r in rows if r.get("pairs")}
         assert pairs["ours"] == pairs["sdpa_dense"] < pairs["sdpa_causal"] == 300 * 301 // 2
     if name == "rollout":
         assert {row["peak_context"] for row in rows} == {912}
+    if name == "trees":
+        found = [row for row in rows if row["part"] == "tree"]
+        # All ways compute the same; what is shared is computed once.
+        assert max(row["mean_log_prob"] for row in found) - found[0]["mean_log_prob"] < 1e-5
+        assert min(row["mean_log_prob"] for row in found) - found[0]["mean_log_prob"] > -1e-5
+        tokens = {row["way"]: row["tokens"] for row in found}
+        assert tokens["apart"] == tokens["packed"] == 3 * 660
+        assert tokens["ours"] == tokens["dense"] == 660 + 480 + 320
+        monkeypatch.setattr(report, "load", lambda name: content)
+        assert "| 1,460 of 1,980 | 1.4x |" in report.trees()
 
     monkeypatch.setattr(all_of_them, "committed", list)  # no history of other runs
     assert all_of_them.main(["--report", str(out), "--out", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "index.html").read_text()
-    pictures = {"attention": 1, "kv_cache": 3, "rollout": 1}[name]
+    pictures = {"attention": 1, "kv_cache": 3, "rollout": 1, "trees": 1}[name]
     assert page.count("data:image/svg+xml;base64,") == pictures
     assert f"commit</dt><dd>{said['commit']}, {said['date'][:10]}</dd>" in page
 
@@ -79,7 +104,7 @@ def test_one_command_runs_them_all_but_the_slow_one(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(all_of_them, "committed", list)
     monkeypatch.setattr(all_of_them, "missing", lambda name: "no compiler" * (name == "sm90_table"))
     assert all_of_them.main(["--quick", "--out", str(out)]) == 1  # one failed, the others ran
-    assert ran == ["attention", "kv_cache", "rollout"]
+    assert ran == ["attention", "kv_cache", "rollout", "trees"]
     printed = capsys.readouterr().out
     assert "sm90_table: skipped, no compiler" in printed and "failed: rollout" in printed
     assert "16 turns, 4 rows of 8,696 tokens" in printed and (out / "index.html").exists()
@@ -113,7 +138,7 @@ def test_the_sm90_table_is_left_out_without_its_tools(monkeypatch, tmp_path):
 def parsers():
     pytest.importorskip("triton")
     sm90_table = importlib.import_module("bench.sm90_table")
-    modules = (attention, kv_cache, rollout, sm90_table, mask_ablation, all_of_them)
+    modules = (attention, kv_cache, rollout, trees, sm90_table, mask_ablation, all_of_them)
     return {module.__name__: module.make_parser() for module in modules}
 
 
@@ -256,6 +281,7 @@ def test_names_are_those_of_the_benchmarks():
     assert set(names.LAYOUTS) == set(attention.LAYOUTS) == set(names.LAYOUT_MEANING)
     assert set(names.IMPLEMENTATIONS) == {"ours", *attention.PEERS["cpu"], *attention.PEERS["cuda"]}
     assert set(names.MASKS) == set(mask_ablation.MASKS)
+    assert set(names.TREES) == set(trees.LAYOUTS) and set(names.TREE_WAYS) == set(trees.MASKS)
     for name, said in names.MODELS.items():
         shape = kv_cache.MODELS[name]
         assert said == (

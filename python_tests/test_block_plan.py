@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mem1_kernels import BlockPlan, pack, unroll, visible
-from mem1_kernels.block_plan import BLOCK, MIN_CHUNK
+from mem1_kernels.block_plan import BLOCK, MIN_CHUNK, build_lists
+from mem1_kernels.ops._library import HAS_EXTENSION, OBSTACLE
 from mem1_kernels.testing import random_expiry, turns
 
+needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason=f"no extension: {OBSTACLE}")
 SIZES = [1, 63, 127, 128, 129, 255, 256, 700, 1500]
 
 
@@ -139,6 +141,86 @@ def test_a_plan_of_a_layout_knows_what_a_model_must_be_given():
         assert plan.needs_position_ids and torch.equal(plan.predecessor[0], layout.predecessor)
     bare = BlockPlan.from_expiry(line.expiry)
     assert bare.predecessor is None and not bare.needs_position_ids
+
+
+def masks(tokens: int, layouts: int, generator: torch.Generator):
+    """(expiry, floor) of every kind, int32 [layouts, tokens]; no floor is one of them."""
+    token = torch.arange(tokens, dtype=torch.int32)
+
+    def numbers(low: int, high: int) -> torch.Tensor:
+        shape = (layouts, tokens)
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
+
+    expiries = [
+        numbers(-5, 2 * tokens),
+        token + numbers(0, 400),
+        (token + numbers(0, 400)).cummax(1).values,
+        numbers(tokens, tokens + 1),
+        numbers(-(2**31), 2**31 - 1),
+    ]
+    floors = [
+        None,
+        numbers(-9, tokens + 9),
+        numbers(-9, tokens + 9).sort(1).values,
+        (token - numbers(0, 300)).clamp(min=0),
+        numbers(-(2**31), 2**31 - 1),
+    ]
+    for expiry in expiries:
+        for floor in floors:
+            yield expiry.contiguous(), floor
+
+
+@pytest.mark.parametrize("tokens", [*SIZES, 5000])
+@pytest.mark.parametrize("layouts", [1, 3])
+def test_the_compiled_op_gives_the_lists_of_plain_torch(tokens, layouts):
+    """Entry by entry, the unused ones included."""
+    generator = torch.Generator().manual_seed(tokens)
+    for expiry, floor in masks(tokens, layouts, generator):
+        got = torch.ops.mem1.block_plan(expiry, floor)
+        assert torch.equal(got, build_lists(expiry, floor))
+
+
+def test_the_compiled_op_takes_strided_rows_and_threads_agree():
+    expiry, floor = torch.randint(0, 900, (2, 7, 700), dtype=torch.int32).mT.contiguous().mT
+    assert not expiry.is_contiguous()
+    want = build_lists(expiry, floor)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(torch.ops.mem1.block_plan(expiry, floor), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_extension
+def test_a_million_tokens_list_what_they_see():
+    """268 MB of lists, of which a fraction is touched; plain torch would need minutes here."""
+    expiry = torch.arange(2**20, dtype=torch.int32)[None] + 300
+    plan = BlockPlan.from_expiry(expiry)
+    n = 2**20 // BLOCK
+    rows, offsets, partial, tiles = (x[0] for x in plan.rows)
+    # A tile sees itself, the two before it, and a part of the third.
+    assert offsets.diff().tolist() == [1, 2, 3] + [4] * (n - 3)
+    assert tiles[offsets[5000] : offsets[5001]].tolist() == [4997, 4998, 5000, 4999]
+    assert partial.tolist() == [1, 1, 2] + [3] * (n - 3)
+    assert sorted(rows.tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize(
+    ("expiry", "floor", "message"),
+    [
+        (torch.zeros(3, 4), None, "expiry: expected int32"),
+        (torch.zeros(4, dtype=torch.int32), None, "expiry: expected int32"),
+        (torch.zeros(2, 0, dtype=torch.int32), None, "expiry: expected int32"),
+        (torch.zeros(2, 4).int(), torch.zeros(2, 5).int(), "floor: expected int32"),
+        (torch.zeros(2, 4).int(), torch.zeros(2, 4).long(), "floor: expected int32"),
+    ],
+)
+@needs_extension
+def test_the_compiled_op_checks_what_it_reads(expiry, floor, message):
+    with pytest.raises(ValueError, match=message):
+        torch.ops.mem1.block_plan(expiry, floor)
 
 
 def test_errors():

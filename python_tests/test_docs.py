@@ -19,7 +19,7 @@ import yaml
 
 import mem1_kernels
 from docs import generate
-from mem1_kernels import agent, hf, ppo, rollout
+from mem1_kernels import agent, audit, hf, ppo, rollout
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -103,10 +103,10 @@ def test_every_option_is_in_the_table():
     assert [name for name in names if f"\n| `{name}` |" not in text] == []
 
 
-@pytest.mark.parametrize("name", ["mem1_kernels", "hf", "rollout", "agent", "ppo"])
+@pytest.mark.parametrize("name", ["mem1_kernels", "hf", "rollout", "agent", "ppo", "audit"])
 def test_every_public_name_is_in_the_reference(name):
     module = {"mem1_kernels": mem1_kernels, "hf": hf, "rollout": rollout}
-    module |= {"agent": agent, "ppo": ppo}
+    module |= {"agent": agent, "ppo": ppo, "audit": audit}
     pages = "\n".join(path.read_text() for path in PAGES if path.parent.name == "reference")
     shown = {line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)}
     assert sorted(set(module[name].__all__) - shown) == []

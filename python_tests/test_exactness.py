@@ -6,6 +6,8 @@ holes and in order; kept and re-prefilled positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -14,16 +16,22 @@ from mem1_kernels import (
     BlockPlan,
     Segment,
     Trajectory,
+    clear_tool_results,
     fold,
     keep_all,
     keep_last,
     mem1,
     mem1_release,
+    memento,
     pack,
+    strip_reasoning,
+    sub_agents,
     unroll,
+    visible,
 )
 from mem1_kernels.hf import patched
 from mem1_kernels.rollout import Generation, HFEngine, Rollout, TrajectoryRollout, collate, score
+from mem1_kernels.rollout.loop import Written, open_rows, run_turns
 
 VOCABULARY = 60
 STOP = 3
@@ -160,6 +168,300 @@ def test_rollout_equals_training(family, policy, positions, record_property):
     assert difference <= 2e-5
     for rollout in rollouts:
         assert rollout.log_probs.ne(0).sum() == rollout.trajectory.loss_mask.sum()
+
+
+def mark(ids):
+    """A block or a summary ends with every second id or so, and two marks may follow each other."""
+    return {0: "block", 1: "summary"}.get(ids[-1] % 4)
+
+
+def mem1_and_blocks(segments):
+    """Turns go as in MEM1, and blocks inside them as in MEMENTO."""
+    return [min(ends) for ends in zip(mem1(segments), memento(segments), strict=True)]
+
+
+EDITING = {
+    "strip_reasoning": {"retention": strip_reasoning()},
+    "strip_reasoning(1)": {"retention": strip_reasoning(1)},
+    "clear_tool_results": {
+        "retention": clear_tool_results(
+            50, keep=1, exclude=("pin",), at_least=6, placeholder=(44, 45)
+        ),
+        "info_name": lambda turn: "pin" if turn.number % 5 == 2 else "search",
+    },
+    "sub_agents": {
+        "retention": sub_agents,
+        "depth": branches,
+        "info_name": lambda turn: "rollback" if turn.number % 6 == 3 else "",
+    },
+    "memento": {"retention": memento, "mark": mark, "max_new_tokens": 24},
+    "mem1 and memento": {"retention": mem1_and_blocks, "mark": mark, "state_tokens": None},
+}
+"""Policies that people run, with what tells them what to drop."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", EDITING)
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_edited_contexts_equal_training(name, family, positions, record_property):
+    model = make_model(family)
+    rollouts = run(model, positions=positions, **EDITING[name])
+    assert [len(rollout.turns) for rollout in rollouts] == LAST_TURNS
+    difference = largest_difference(model, rollouts)
+    record_property("largest_difference", difference)
+    assert difference <= 2e-5
+    dropped = 0
+    for rollout in rollouts:
+        trajectory = rollout.trajectory
+        assert rollout.log_probs.ne(0).sum() == trajectory.loss_mask.sum()
+        ids = [token for turn in rollout.turns for token in turn.token_ids]
+        assert trajectory.token_ids[trajectory.loss_mask].tolist() == ids
+        dropped += int((trajectory.expiry < trajectory.num_tokens).sum())
+    assert dropped > 20
+
+
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_drops_inside_a_turn_change_what_its_rest_sees(positions):
+    """Blocks go while their turn is written; masked between turns only, it is another function."""
+    model = make_model("qwen2")
+    options = {"retention": memento, "mark": mark, "max_new_tokens": 24, "positions": positions}
+    rollouts = run(model, **options)
+    inside = 0
+    for rollout in rollouts:
+        trajectory = rollout.trajectory
+        for span in trajectory.spans:
+            end = int(trajectory.expiry[span.start]) if span.stop > span.start else 0
+            inside += 0 < end < trajectory.num_tokens and trajectory.turn[end] == span.turn
+        summaries = [s for s in trajectory.segments if s.name == "summary"]
+        assert all(mark(list(summary.ids)) == "summary" for summary in summaries)
+    assert inside > 5
+
+    def between(segments):
+        """The same blocks, but each goes where its turn ends."""
+        ends = {s.turn: index + 1 for index, s in enumerate(segments) if s.role == "action"}
+        return [
+            end if end == len(segments) else min(ends[s.turn], len(segments))
+            for end, s in zip(memento(segments), segments, strict=True)
+        ]
+
+    late = [
+        Trajectory(r.trajectory.segments, between)
+        if positions == "kept"
+        else unroll(Trajectory(r.trajectory.segments, between))
+        for r in rollouts
+    ]
+    layout = pack(late)
+    sampled = torch.cat([rollout.log_probs for rollout in rollouts])[layout.source]
+    with torch.no_grad():
+        difference = (score(model, layout) - sampled)[layout.loss_mask].abs().max()
+    assert difference > 0.05
+
+
+def test_a_kept_cache_is_smaller_while_the_turn_is_written():
+    model = make_model("qwen2")
+    options = {"mark": mark, "max_new_tokens": 40, "stop_ids": [], "max_turns": 1}
+    pruned = roll(model, PROMPTS, World([1] * 4), retention=memento, **options)
+    whole = roll(model, PROMPTS, World([1] * 4), retention=keep_all, **options)
+    for a, b in zip(pruned, whole, strict=True):
+        assert a.trajectory.num_tokens == b.trajectory.num_tokens
+        assert a.peak_context <= a.trajectory.peak_context
+    assert sum(r.peak_context for r in pruned) < sum(r.peak_context for r in whole)
+
+
+def test_marks_alone_change_nothing():
+    """Without drops a turn in pieces is the turn: same ids, same log-probs, same layout."""
+    model = make_model("qwen2")
+    for positions in ("kept", "reprefill"):
+        plain = run(model, retention=keep_all, positions=positions, temperature=0)
+        marked = run(model, retention=keep_all, positions=positions, temperature=0, mark=mark)
+        for a, b in zip(plain, marked, strict=True):
+            assert torch.equal(a.trajectory.token_ids, b.trajectory.token_ids)
+            assert torch.equal(a.log_probs, b.log_probs)
+            assert len(b.trajectory.segments) > len(a.trajectory.segments)
+            for name in ("expiry", "position_ids", "loss_mask", "predecessor"):
+                assert torch.equal(getattr(a.layout, name), getattr(b.layout, name))
+
+
+def test_marks_of_another_type():
+    with pytest.raises(TypeError, match="name: expected text, got 3"):
+        run(make_model("qwen2"), retention=memento, mark=lambda ids: 3)
+    with pytest.raises(TypeError, match="mark: expected a function or None, got 'block'"):
+        Generation(mark="block")
+    with pytest.raises(TypeError, match="info_name: expected a function or None, got 'search'"):
+        Generation(info_name="search")
+
+
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_a_mark_that_raises_ends_its_row_alone(positions):
+    """In some turn, behind marks; what remains of the row, and the others, is exact."""
+    asked = []
+
+    def raising(ids):
+        asked.append(ids)
+        if len(asked) == 90:
+            raise RuntimeError("no such block")
+        return mark(ids)
+
+    model = make_model("qwen2")
+    options = {"retention": memento, "positions": positions, "temperature": 0}
+    rollouts = run(model, mark=raising, **options)
+    broken = [rollout for rollout in rollouts if rollout.error]
+    assert ["no such block" in rollout.error for rollout in broken] == [True]
+    assert largest_difference(model, rollouts) <= 2e-5
+    others = [len(r.turns) == last for r, last in zip(rollouts, LAST_TURNS, strict=True)]
+    assert sum(others) == len(rollouts) - 1
+
+
+def test_an_engine_that_writes_whole_turns_refuses_marks():
+    class Whole:
+        def __getattr__(self, name):
+            raise AssertionError(f"{name} is called")
+
+    class Backend(Whole):
+        marks = False
+
+    generation = Generation(mark=mark)
+    rows = open_rows([[1]], generation, "reprefill")
+    with pytest.raises(ValueError, match="mark: this engine writes whole turns"):
+        run_turns(rows, Backend(), World([1]), generation)
+
+
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_a_turn_that_breaks_off_takes_its_marks_back(positions):
+    """The engine fails in turn 2, behind a mark at which a block went: the row ends with turn 1."""
+
+    class Backend:
+        marks = True
+
+        def drop(self, row, *what):
+            pass
+
+        read = retire = drop
+
+        def write(self, rows, number):
+            written = []
+            for row in rows:
+                ids = [4, 6, 9, 10] if number == 1 else [8, 7, 5]
+                for count in range(1, len(ids) + 1):
+                    row.wrote_on(number, ids[:count])
+                error = "gone" if number == 2 else ""
+                written.append(Written(ids, [-1.0] * len(ids), True, error))
+            return written
+
+    generation = Generation(retention=memento, mark=mark)
+    rows = open_rows([[1, 2]], generation, positions)
+    (rollout,) = run_turns(rows, Backend(), lambda turns: [[20]] * len(turns), generation)
+    assert rollout.error == "gone"
+    assert rollout.trajectory.token_ids.tolist() == [1, 2, 4, 6, 9, 10, 20]
+    assert rollout.trajectory.expiry.tolist() == [7, 7, 5, 7, 7, 7, 7]
+    assert rollout.log_probs.tolist() == [0, 0, -1, -1, -1, -1, 0]
+
+
+def test_a_policy_that_drops_at_no_mark_is_refused():
+    """It says after the fact that a state went inside its turn, where no mark was."""
+
+    def early(segments):
+        end = len(segments)
+        return [index + 1 if s.role == "state" else end for index, s in enumerate(segments)]
+
+    with pytest.raises(ValueError, match="a policy must drop between turns or at marks"):
+        run(make_model("qwen2"), retention=early, mark=lambda ids: None, max_turns=1)
+
+
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_what_is_trained_and_how_much(positions):
+    """A rejected attempt is left out, an observation is trained, a state counts twice."""
+    model = make_model("qwen2")
+
+    def label(segments):
+        labelled = []
+        for segment in segments:
+            trainable, weight = None, 1.0
+            if segment.role == "action" and segment.turn % 3 == 1:
+                trainable = False
+            elif segment.role == "info" and segment.turn % 2 == 0:
+                trainable, weight = True, 0.25
+            elif segment.role == "state":
+                weight = 2.0
+            labelled.append(replace(segment, trainable=trainable, weight=weight))
+        return labelled
+
+    rollouts = run(model, positions=positions)
+    labelled = [rollout.relabelled(label) for rollout in rollouts]
+    layout, sampled = collate(labelled)
+    plain, plain_sampled = collate(rollouts)
+    with torch.no_grad():
+        scored, plain_scored = score(model, layout), score(model, plain)
+    # Of each trajectory's tokens: whether it is in the loss, its weight, its log-probs.
+    want_mask = torch.cat([r.trajectory.loss_mask for r in labelled])
+    want_weights = torch.cat([r.trajectory.weights for r in labelled])
+    role = torch.cat([r.trajectory.role for r in rollouts])
+    assert torch.equal(layout.source[layout.loss_mask].sort().values, want_mask.nonzero()[:, 0])
+    in_loss = layout.source[layout.loss_mask]
+    assert torch.equal(layout.weights[layout.loss_mask], want_weights[in_loss])
+    trained_infos = layout.loss_mask & (role[layout.source] == 3)
+    left_out = ~want_mask & torch.cat([r.sampled for r in rollouts])
+    assert trained_infos.any() and left_out.any()
+    assert {0.25, 1.0, 2.0} == set(layout.weights[layout.loss_mask].tolist())
+    # What was sampled scores as sampled; what was read has no sampled log-prob.
+    assert torch.equal(sampled.isnan(), trained_infos)
+    both = layout.loss_mask & ~trained_infos
+    assert (scored - sampled)[both].abs().max() <= 2e-5
+    # And what is in both layouts scores alike.
+    of_plain = torch.zeros(layout.source_tokens)
+    of_plain[plain.source[plain.loss_mask]] = plain_scored[plain.loss_mask]
+    assert (of_plain[layout.source[both]] - scored[both]).abs().max() <= 2e-5
+    assert plain.weights is None and not plain_sampled.isnan().any()
+
+
+@pytest.mark.parametrize("positions", ["kept", "reprefill"])
+def test_a_trained_observation_scores_as_it_was_read(positions):
+    """Against the stock model on the text that was live when the observation came."""
+    model = make_model("qwen2")
+    rollout = run(model, positions=positions)[0]
+
+    def label(segments):
+        return [replace(s, trainable=s.role == "info") for s in segments]
+
+    layout = rollout.relabelled(label).layout
+    with torch.no_grad():
+        scored = score(model, layout)
+    got = torch.full((layout.source_tokens,), torch.nan)
+    got[layout.source[layout.loss_mask]] = scored[layout.loss_mask]
+    trajectory = rollout.trajectory
+    assert torch.equal(~got.isnan(), trajectory.role == 3)
+    for span in trajectory.spans:
+        if span.role != "info" or span.stop == span.start:
+            continue
+        seen = torch.arange(span.stop)
+        if positions == "reprefill":
+            seen = seen[trajectory.expiry[: span.stop] > span.start]
+            ids = trajectory.token_ids[seen]
+            with torch.no_grad():
+                log_probs = model(ids[None]).logits[0].log_softmax(1)
+        else:
+            with torch.no_grad():
+                log_probs = score_all(model, trajectory)
+            ids = trajectory.token_ids[seen]
+        for token in range(span.start, span.stop):
+            at = int((seen == token).nonzero()[0])
+            assert abs(got[token] - log_probs[at - 1, ids[at]]) <= 2e-5
+
+
+def score_all(model, trajectory):
+    """Log-probs of every id at every token, under the trajectory's dense mask in stock SDPA."""
+    mask = visible(trajectory.expiry)[None, None]
+    return model(trajectory.token_ids[None], attention_mask=mask).logits[0].log_softmax(1)
+
+
+def test_labels_that_do_not_fit():
+    rollout = run(make_model("qwen2"))[0]
+    with pytest.raises(ValueError, match="label: expected the same .* segments with other"):
+        rollout.relabelled(lambda segments: segments[:-1])
+    with pytest.raises(ValueError, match="label: expected the same .* segments with other"):
+        rollout.relabelled(lambda segments: [replace(s, name="x") for s in segments])
+    with pytest.raises(TypeError, match="label: expected Segments, got int"):
+        rollout.relabelled(lambda segments: [1] * len(segments))
 
 
 @pytest.mark.parametrize("positions", ["kept", "reprefill"])
@@ -351,7 +653,7 @@ def test_a_prompt_may_be_dropped_from_a_kept_cache_only():
 
 
 ERRORS = {
-    "positions: expected 'kept' or 'reprefill', got 'compact'": {"positions": "compact"},
+    "positions: expected 'kept', 'compact' or 'reprefill', got 'dense'": {"positions": "dense"},
     "max_turns: expected at least 1, got 0": {"max_turns": 0},
     "max_new_tokens: expected at least 1, got 0": {"max_new_tokens": 0},
     "temperature: expected 0 or more, got -1": {"temperature": -1},
@@ -385,6 +687,12 @@ WRONG_TYPES = {
     "stop_strings: expected a sequence of strings, got one string": {"stop_strings": "</a>"},
     "stop_ids: expected integer token ids": {"stop_ids": ["3"]},
     "stop_ids: expected token ids, got int": {"stop_ids": 3},
+    "stop_strings: expected a sequence of strings, got int": {"stop_strings": 3},
+    "seed: expected an integer, got 'a'": {"seed": "a"},
+    "seed: expected an integer, got 1.5": {"seed": 1.5},
+    "seed: expected an integer, got True": {"seed": True},
+    "depth: expected a function or None, got 3": {"depth": 3},
+    "state_tokens: expected a function or None, got 3": {"state_tokens": 3},
 }
 
 
@@ -488,6 +796,13 @@ def test_the_old_name_still_works():
     (want,) = roll(model, [[5, 9]], World([3]), max_turns=3, max_new_tokens=4, stop_ids=[STOP])
     assert torch.equal(got[0].trajectory.token_ids, want.trajectory.token_ids)
     assert torch.equal(got[0].log_probs, want.log_probs)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_that_torch_does_not_take(seed):
+    with pytest.raises(ValueError, match="seed: expected "):
+        Generation(seed=seed)
+    Generation(seed=2**64 - 1)
 
 
 @pytest.mark.parametrize("reply", [[20.7, 21.0], "20", ["20"], {20: 1}, torch.tensor([20.5])])

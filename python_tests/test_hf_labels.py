@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -236,3 +237,80 @@ def test_a_loss_that_does_not_read_shift_labels() -> None:
     shifted = layout.shift_labels()[None]
     with pytest.raises(ValueError, match="shift_labels: the loss of OwnLoss does not read them"):
         run(model, layout, labels=shifted, shift_labels=shifted)
+
+
+def trained(seed: int, weights: bool = True) -> Trajectory:
+    """A trajectory with trained infos, untrained actions, and weights."""
+    changes = {"info": {"trainable": True, "weight": 0.25}, "action": {"trainable": False}}
+    changes["state"] = {"weight": 2.0}
+    segments = []
+    for segment in with_ids(seed).segments:
+        change = dict(changes.get(segment.role, {}))
+        if not weights:
+            change.pop("weight", None)
+        segments.append(replace(segment, **change))
+    return Trajectory(segments)
+
+
+@pytest.mark.parametrize("num_items", [None, 37])
+def test_a_collated_batch_of_weights_has_the_weighted_loss(model, num_items):
+    members = [trained(1), trained(2)]
+    batch = hf.TrajectoryCollator()([{"segments": list(t.segments)} for t in members])
+    layout = pack(members)
+    options = {} if num_items is None else {"num_items_in_batch": num_items}
+    output = model(**batch, **options)
+    target = layout.loss_mask.nonzero().flatten()
+    logits = output.logits[0][layout.predecessor[target]].double()
+    each = torch.nn.functional.cross_entropy(logits, layout.token_ids[target], reduction="none")
+    weights = layout.weights[target].double()
+    assert set(weights.tolist()) == {0.25, 2.0}
+    want = (each * weights).sum() / (weights.sum() if num_items is None else num_items)
+    assert_close(output.loss.double(), want)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    got = torch.autograd.grad(output.loss, parameters, retain_graph=True)
+    for mine, slow in zip(got, torch.autograd.grad(want, parameters), strict=True):
+        assert_close(mine, slow)
+    plain = {name: value for name, value in batch.items() if name != "loss_weights"}
+    assert (model(**plain, **options).loss - output.loss).abs() > 1e-3
+
+
+def test_what_is_trained_without_weights_goes_into_the_labels_alone(model):
+    member = trained(3, weights=False)
+    batch = hf.TrajectoryCollator()([{"segments": list(member.segments)}])
+    assert "loss_weights" not in batch
+    assert (batch["shift_labels"] >= 0).sum() == member.loss_mask.sum()
+    assert_close(model(**batch).loss, by_predecessor(model, member))
+
+
+def test_segments_of_transcripts_and_of_data_sets_say_the_same():
+    member = trained(4)
+    batch = hf.TrajectoryCollator()([{"segments": list(member.segments)}])
+    names = ("trainable", "weight", "name")
+    lists = [
+        [s.role, s.turn, s.ids, s.depth, {n: getattr(s, n) for n in names}] for s in member.segments
+    ]
+    rows = [
+        {"role": s.role, "turn": s.turn, "ids": s.ids, "trainable": s.trainable, "weight": s.weight}
+        for s in member.segments
+    ]
+    for segments in (lists, rows):
+        other = hf.TrajectoryCollator()([{"segments": segments}])
+        for name in ("input_ids", "shift_labels", "loss_weights"):
+            assert torch.equal(batch[name], other[name])
+    for wrong in ([*lists[0][:4], {"wieght": 2.0}], {**rows[0], "wieght": 2.0}):
+        with pytest.raises(TypeError, match="segments: expected"):
+            hf.TrajectoryCollator()([{"segments": [wrong, *rows[1:]]}])
+
+
+def test_loss_weights_that_do_not_fit(model):
+    batch = hf.TrajectoryCollator()([{"segments": list(trained(1).segments)}])
+    weights = batch.pop("loss_weights")
+    for wrong, error, message in (
+        (weights[:, 1:], ValueError, "loss_weights: expected .* like shift_labels, got"),
+        (weights.long(), TypeError, "loss_weights: expected a floating point tensor, got"),
+        (1.0, TypeError, "loss_weights: expected a floating point tensor, got float"),
+    ):
+        with pytest.raises(error, match=message):
+            model(**batch, loss_weights=wrong)
+    with pytest.raises(ValueError, match="loss_weights: expected shift_labels beside them"):
+        model(batch["input_ids"], loss_weights=weights)

@@ -52,6 +52,49 @@ def test_windows_and_positions_of_any_size(base, far, implementation):
         torch.testing.assert_close(out[0], expected)
 
 
+@pytest.mark.parametrize("implementation", ["op", "triton"])
+def test_positions_that_jump(implementation):
+    """Any old slots, in any order; new tokens up to 2^31 apart, or a clear error."""
+    rng = random.Random(0)
+    attend = cached_attention
+    if implementation == "triton":
+        attend = pytest.importorskip("mem1_kernels.ops.triton.cached_attention").cached_attention
+    near = 0
+    for _ in range(40 if implementation == "op" else 10):
+        slots, steps = rng.randint(2, 40), [1, 1, 7, 2**29, 2**33]
+        new = rng.choice([1, rng.randint(1, slots)])
+        positions = [rng.choice([0, -(2**62)])]
+        while len(positions) < slots:
+            far = rng.random() < (0.5 if len(positions) < slots - new else 0.1)
+            positions.append(positions[-1] + (rng.choice(steps) if far else 1))
+        old = positions[: slots - new]
+        rng.shuffle(old)
+        positions[: slots - new] = old
+        query, cache = torch.randn(1, new, 2, 16), torch.randn(2, 1, 1, slots, 16)
+        given, lengths = torch.tensor([positions]), torch.tensor([slots], dtype=torch.int32)
+        own = range(slots - new, slots)
+        for window in (1, 3, 2**31 - 1, 2**31, 2**33 + 3, 2**62):
+            reach = positions[-1] - positions[slots - new]
+            arguments: tuple = (query, *cache, lengths)
+            options: dict = {"window": window, "position_ids": given, "return_lse": True}
+            if implementation == "triton":
+                arguments, options = (*arguments, None, given, window, 0.25, 0.0), {}
+            if reach >= 2**31:
+                with pytest.raises(ValueError, match="new tokens of a row less than 2.31 apart"):
+                    attend(*arguments, **options)
+                continue
+            near += 1
+            seen = [
+                [slot <= o and positions[o] - positions[slot] < window for slot in range(slots)]
+                for o in own
+            ]
+            scores = torch.einsum("qhd,kd->hqk", query[0], cache[0, 0, 0]) / 4
+            weights = scores.masked_fill(~torch.tensor(seen), -math.inf).softmax(-1)
+            expected = torch.einsum("hqk,kd->qhd", weights, cache[1, 0, 0])
+            torch.testing.assert_close(attend(*arguments, **options)[0][0], expected)
+    assert near > 40
+
+
 @pytest.mark.parametrize("window", [2**31, 2**40, 10**30])
 def test_a_huge_window_hides_nothing_in_training(window):
     expiry = torch.tensor([6, 6, 4, 6, 6, 6])

@@ -59,17 +59,23 @@ ERRORS = {
         "kl_in": "reward",
     },
     "kl_kind: expected 'k2' or 'k3' in the loss": {"kl_kind": "k1"},
-    "sft_jump: expected 0 for compact (re-prefilled) positions, got 1": {
+    "sft_jump: expected 0 for 'reprefill' positions, got 1": {
         "positions": "reprefill",
         "sft_jump": 1,
     },
     "sft_steps: expected at least 1 to learn": {"transcripts": "x.jsonl"},
     "data, corpus: expected both for task 'qa', got '' and 'x'": {"task": "qa", "corpus": "x"},
     "model: expected one with a tokenizer for task 'factbook', got 'tiny'": {"task": "factbook"},
-    "retention: expected 'mem1', 'keep_all', 'keep_last(n)', 'fold' or 'module:function', got": {
-        "retention": "keep_some"
+    "fold, sub_agents or module:function, got 'keep_some'": {"retention": "keep_some"},
+    "got 'keep_last(0)' (turns: expected at least 1": {"retention": "keep_last(0)"},
+    "got 'strip_reasoning(1.5)' (keep: expected an": {"retention": "strip_reasoning(1.5)"},
+    "got 'clear_tool_results()' (": {"retention": "clear_tool_results()"},
+    "got 'keep_last(f())' (malformed": {"retention": "keep_last(f())"},
+    "credit: expected 'token' for grpo": {
+        "credit": "turn",
+        "algorithm": "grpo",
+        "group_size": 2,
     },
-    "got 'keep_last(0)'": {"retention": "keep_last(0)"},
     "retention: 'no_such_module:f' cannot be imported": {"retention": "no_such_module:f"},
     "retention: 'mem1_kernels:none' cannot be imported": {"retention": "mem1_kernels:none"},
 }
@@ -91,12 +97,34 @@ def test_every_number_has_a_range(name):
             Config(**{name: value})
 
 
+@pytest.mark.parametrize("path", ["a\0b.toml", "\ud83d.toml"])
+def test_a_name_that_no_file_can_have(path):
+    with pytest.raises(ValueError, match="config: no file can have the name"):
+        read_config(path)
+
+
+def test_the_terminal_is_not_steered(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", "\x1b[31m.toml"])
+    assert "--config: \\x1b[31m.toml: No such file" in capsys.readouterr().err
+
+
+def test_the_address_of_a_corpus_shows_no_password():
+    for corpus in ("http://u:hunter2@h/x", "http:/u:hunter2@h/x"):
+        with pytest.raises(ValueError, match="data, corpus: expected both") as caught:
+            Config(task="qa", model="m", corpus=corpus)
+        assert "hunt" not in str(caught.value)
+
+
 def test_file_errors(tmp_path):
     path = tmp_path / "c.toml"
     for text, message in (
         ("learning_rate = 1.0", "no option is called 'learning_rate'"),
         ('steps = "3"', "steps: expected int, got '3'"),
         ("bf16 = 1", "bf16: expected bool, got 1"),
+        ("steps = 1" + "0" * 5000, "c.toml: not a TOML file"),
+        ("seed = 1" + "0" * 30, "seed: expected an integer from -2^63 to 2^64 - 1"),
+        ("lr = 1" + "0" * 400, "lr: expected float, got 1000"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=re.escape(message)):

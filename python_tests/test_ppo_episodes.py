@@ -57,6 +57,10 @@ def test_transcripts_are_read_whatever_ends_their_lines(tmp_path):
 NO_TRANSCRIPT = {
     "line 1: no transcript .no 'reward'": b'{"segments": [%s]}' % TURN,
     "line 1: no transcript .no 'segments'": b"{}",
+    "line 1: no transcript .int too large": b'{"reward": 1%s, "segments": [%s]}'
+    % (b"0" * 400, TURN),
+    "line 1: no transcript .tokens: expected ids below 2.63": b'{"reward": 1, "segments": '
+    b'[["prompt", 0, [1%s]]]}' % (b"0" * 30),
     "line 2: no transcript .Unterminated string starting at at column 16": TRACE
     + b'\n{"segments": [["pro',
     "line 2: no transcript .*'utf-8' codec": TRACE + b"\n\xff",

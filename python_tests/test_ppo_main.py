@@ -264,6 +264,11 @@ WRONG_PARTS = {
     "retention=my_parts:number": "retention: 'my_parts:number' is no retention policy (retention: ",
     "retention=mem1_kernels.retention:keep_last": "keep_last' is no retention policy (turns: expec",
     "retention=fold": "retention: fold drops a branch when it returns, but this world opens none",
+    "retention=sub_agents": "retention: sub_agents drops a branch when it returns, but this world",
+    "retention=mem1_kernels:memento": "retention: memento drops blocks inside a turn, but this "
+    "world marks none: expected World.mark, got None",
+    "retention=clear_tool_results(9, exclude=('a',))": "('a',)) excludes tools by name, but this "
+    "world names none: expected World.info_name, got None",
 }
 
 

@@ -26,6 +26,14 @@ def lines(path: Path) -> list[dict]:
 # metrics.jsonl and config.json
 
 
+def test_what_is_recorded_of_a_run_shows_no_password(tmp_path):
+    config = small(tmp_path, trackers="", corpus="http://me:hunter2@host/retrieve?key=hunter3")
+    (tmp_path / "run").mkdir()
+    with Log(config, Accelerator(), 0):
+        text = (tmp_path / "run" / "config.json").read_text()
+    assert "hunter" not in text and json.loads(text)["corpus"] == "http://host/retrieve"
+
+
 def test_a_log_goes_on_from_the_step_that_is_resumed(tmp_path):
     config = small(tmp_path, trackers="")
     (tmp_path / "run").mkdir()

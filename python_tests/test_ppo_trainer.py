@@ -87,6 +87,7 @@ def test_a_step_does_not_depend_on_how_the_tokens_are_packed(tmp_path):
 VARIANTS = {
     "grpo": {"algorithm": "grpo", "group_size": 4},
     "rloo": {"algorithm": "rloo", "group_size": 2, "positions": "reprefill"},
+    "compact": {"algorithm": "grpo", "group_size": 4, "positions": "compact", "sft_steps": 2},
     "reinforce++": {"algorithm": "reinforce++", "kl_in": "reward", "kl_kind": "k1"},
     "a critic of its own": {
         "critic": "model",

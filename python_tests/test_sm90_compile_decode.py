@@ -19,23 +19,33 @@ pytest.importorskip("triton")
 
 SHARED_MEMORY = 227 * 1024
 SMALL_SHARED_MEMORY = 99 * 1024
-# dtype, head_dim, query rows, and, with everything optional (window, softcap) on, the dtype of
-# position_ids.
+# dtype, head_dim, query rows, and the dtype of position_ids: None: neither window nor softcap;
+# "cap": softcap alone; otherwise both.
 DECODE = [
     ("bf16", 128, 7, None),
     ("bf16", 128, 7, "i64"),
     ("bf16", 128, 7, "i32"),
     ("bf16", 128, 64, None),
     ("bf16", 128, 64, "i64"),
+    ("bf16", 128, 64, "i32"),
     ("bf16", 128, 3500, None),
     ("bf16", 128, 3500, "i64"),
+    ("bf16", 128, 3500, "i32"),
+    ("bf16", 128, 3500, "cap"),
     ("bf16", 64, 3500, None),
+    ("bf16", 64, 3500, "i32"),
+    ("bf16", 64, 3500, "cap"),
+    ("bf16", 96, 3500, "i32"),
     ("bf16", 80, 7, None),
     ("bf16", 192, 3500, None),
+    ("bf16", 192, 3500, "i32"),
+    ("bf16", 192, 3500, "i64"),
+    ("bf16", 192, 3500, "cap"),
     ("bf16", 256, 7, None),
     ("bf16", 256, 3500, None),
     ("bf16", 256, 3500, "i64"),
     ("bf16", 256, 3500, "i32"),
+    ("bf16", 256, 3500, "cap"),
     ("fp32", 128, 7, "i64"),
     ("fp32", 256, 7, None),
 ]
@@ -100,19 +110,20 @@ def compile_all() -> dict[str, dict]:
     cases = [(90, *case) for case in DECODE] + [(89, *case) for case in SM_89]
     for capability, dtype, head_dim, query_rows, position_dtype in cases:
         torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-        everything = position_dtype is not None
+        windowed = position_dtype in ("i32", "i64")
+        capped = position_dtype is not None
         config = launchers.select_config(
             query_rows,
             head_dim,
             torch_dtype,
             capability // 10,
-            {"i32": torch.int32, "i64": torch.int64, None: None}[position_dtype],
+            {"i32": torch.int32, "i64": torch.int64}.get(position_dtype),
         )
         chunk, rest = head_chunks(head_dim)
         constants = {
             **schedule,
-            "HAS_WINDOW": everything,
-            "HAS_SOFTCAP": everything,
+            "HAS_WINDOW": windowed,
+            "HAS_SOFTCAP": capped,
             "SPLIT": True,
             "HEAD_DIM": head_dim,
             "D0": chunk,
@@ -125,13 +136,13 @@ def compile_all() -> dict[str, dict]:
             **partial,
             **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), dtype),
         }
-        if everything:
+        if windowed:
             pointers["position_ids_ptr"] = position_dtype
         else:
             constants["position_ids_ptr"] = None
         name = f"decode {dtype} head_dim {head_dim} rows {query_rows}"
-        if everything:
-            name += f" all {position_dtype}"
+        if capped:
+            name += f" all {position_dtype}" if windowed else " softcap"
         found[name if capability == 90 else f"sm_{capability} {name}"] = look_at(
             kernels._decode_kernel,
             pointers,

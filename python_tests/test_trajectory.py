@@ -304,10 +304,19 @@ def _trajectory(**changes):
         ),
         (lambda: unroll(_trajectory(retention=mem1_release)), "a policy with floors has no"),
         (lambda: unroll(_trajectory(retention=lambda s: [1, 2])), "its prompt expires"),
-        (lambda: check_positions("both"), "positions: expected 'kept' or 'reprefill', got 'both'"),
-        (lambda: check_positions(None), "positions: expected 'kept' or 'reprefill', got None"),
-        (lambda: check_positions(["kept"], "form"), "form: expected 'kept' or"),
-        (lambda: _trajectory().replaced(positions="both"), "positions: expected 'kept' or"),
+        (
+            lambda: check_positions("both"),
+            "positions: expected 'kept', 'compact' or 'reprefill', got 'both'",
+        ),
+        (
+            lambda: check_positions(None),
+            "positions: expected 'kept', 'compact' or 'reprefill', got None",
+        ),
+        (lambda: check_positions(["kept"], "form"), "form: expected 'kept', 'compact' or"),
+        (
+            lambda: _trajectory().replaced(positions="both"),
+            "positions: expected 'kept', 'compact' or",
+        ),
         (
             lambda: _trajectory().replaced(position_ids=torch.arange(3)),
             r"position_ids: expected \[4\] like expiry, got \[3\]",

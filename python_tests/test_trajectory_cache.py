@@ -22,6 +22,7 @@ from mem1_kernels import (  # noqa: E402
     mem1,
 )
 from mem1_kernels.hf import TrajectoryCache, cache, patch, patched  # noqa: E402
+from mem1_kernels.hf.patch import cache_keyword  # noqa: E402
 
 VOCABULARY = 48
 TINY: dict[str, Any] = {
@@ -670,3 +671,25 @@ class TrajectoryCacheModel:
 
     def __call__(self, past_key_values: TrajectoryCache, **inputs: Any) -> Any:
         return self.model(past_key_values=TrajectoryCache(self.model, batch_size=2), **inputs)
+
+
+@pytest.mark.parametrize("keyword", ["cache", "past_key_values"])
+def test_a_cache_is_taken_under_its_new_and_its_old_name(keyword: str) -> None:
+    """transformers 5.24 calls it `cache`. The model here is given the other name too."""
+    model = build()
+    decoder, ids = model.model, draw(2, 6)
+    own = cache_keyword(decoder)
+    forward = decoder.forward
+    decoder.forward = lambda *args, **given: forward(
+        *args, **{own if name == keyword else name: value for name, value in given.items()}
+    )
+    with patched(model):
+        past = TrajectoryCache(model, batch_size=2)
+        out = [
+            decoder(part, use_cache=True, **{keyword: past}).last_hidden_state
+            for part in ids.split(3, dim=1)
+        ]
+        assert past.lengths.tolist() == [6, 6]
+        with pytest.raises(ValueError, match="plan: a TrajectoryCache keeps its own expiries"):
+            decoder(ids, plan=BlockPlan.from_expiry(torch.full((6,), 6)), **{keyword: past})
+        assert_close(torch.cat(out, 1), decoder(ids, use_cache=False).last_hidden_state)

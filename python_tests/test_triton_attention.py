@@ -283,3 +283,86 @@ def test_every_way_to_cut_a_tile(config, monkeypatch):
 def test_layouts(prompt, turn_count, parts, seed):
     expiry = turns(prompt, turn_count, *parts).expiry
     check(make_inputs(2, len(expiry), 1, 1, 16, HALF, seed), expiry)
+
+
+def test_strides_beyond_32_bits_are_copied_and_others_are_not():
+    """Shapes alone: a meta tensor has strides and no memory."""
+
+    def view(*strides):
+        return torch.empty_strided((1, 256, 4, 128), strides, device="meta", dtype=BFLOAT)
+
+    for near in (
+        view(2**40, 4 * 128, 128, 1),  # the batch is added in 64 bits
+        view(2**40, 128, 2**32 - 128, 1),  # head-major, with nearly 2^32 numbers per head
+        view(0, 2**25 - 128, 128, 1),
+    ):
+        assert attention._in_reach(near) is near
+    for far in (view(0, 128, 2**32, 1), view(0, 2**25, 128, 1), view(0, 512, 128, 2)):
+        assert attention._in_reach(far).is_contiguous()
+
+
+@pytest.mark.parametrize("far", ["query", "key", "value", "grad_out"])
+def test_a_copy_gives_the_same(far, monkeypatch):
+    """As if the offsets of one tensor were out of reach."""
+    expiry = turns(40, 3, 12, 6, 20).expiry
+    query, key, value, grad_out, grad_lse = make_inputs(1, len(expiry), 4, 2, 16)
+    inputs = {"query": query, "key": key, "value": value, "grad_out": grad_out}
+    rows = torch.empty(*inputs[far].shape[:3], 4096 // inputs[far].shape[2])
+    inputs[far] = rows[..., :16].copy_(inputs[far])
+    assert inputs[far].stride(1) == 4096
+    plan = BlockPlan.from_expiry(expiry)
+    expected = launch((*inputs.values(), grad_lse), plan)
+    copied = []
+    in_reach = attention._in_reach
+
+    def reach(x):
+        if x.stride(1) < 4096:
+            return in_reach(x)
+        copied.append(x)
+        return x.contiguous()
+
+    monkeypatch.setattr(attention, "_in_reach", reach)
+    for got, want in zip(launch((*inputs.values(), grad_lse), plan), expected, strict=True):
+        assert torch.equal(got, want)
+    assert copied
+
+
+def test_alignment_is_that_of_every_stride_that_says_something():
+    x = torch.empty(1, 5, 3, 72)
+    assert attention._strides(x) == [0, 216, 72] and attention._alignment([0, 216, 72]) == 8
+    y = torch.empty(1, 5, 1, 128)[:, ::2]
+    assert attention._strides(y) == [0, 256, 0] and attention._alignment([0, 256, 0]) == 16
+    assert attention._alignment([0, 51, 17]) == 1
+
+
+def test_more_blocks_than_a_grid_has_are_refused():
+    assert attention._grid(8, 65535) == (8, 65535)
+    with pytest.raises(ValueError, match="tokens: expected at most 65,535 blocks .* got 65536"):
+        attention._grid(8, 65536)
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+def test_both_loops_of_the_forward(pipelined, softcap, monkeypatch):
+    """Partial and full tiles, blind rows, poison; the pipelined one with one to many steps."""
+    config = Config(64, 32, 32, 4, 2, pipelined)
+    select = attention_configs.select
+    monkeypatch.setattr(
+        attention_configs,
+        "select",
+        lambda name, *rest: config if name == "fwd" else select(name, *rest),
+    )
+    for tokens in (1, 31, 33, 129, 300):
+        generator = torch.Generator().manual_seed(tokens)
+        expiry = random_expiry(tokens, generator)
+        inputs = make_inputs(1, tokens, 2, 1, 16, seed=tokens)
+        check(inputs, expiry, softcap=softcap)
+        check(inputs, torch.full((tokens,), tokens), softcap=softcap)
+        check(inputs, torch.zeros(tokens, dtype=torch.int32), softcap=softcap)
+    expiry = random_expiry(300, torch.Generator().manual_seed(9))
+    expiry[:40] = 0
+    inputs = make_inputs(1, 300, 2, 1, 16)
+    plan = BlockPlan.from_expiry(expiry)
+    clean = launch(inputs, plan, softcap)
+    for got, want in zip(launch(poisoned(inputs, expiry), plan, softcap), clean, strict=True):
+        assert torch.equal(got, want)

@@ -18,11 +18,11 @@
 
 namespace mem1 {
 
-constexpr int kWordSlots = 32;  // slots to a word of bits
-constexpr int kGroupWords = 4;  // words to a group, whose survivors are counted together
+constexpr int kWordSlots = 32;  // slots per word of bits
+constexpr int kGroupWords = 4;  // words per group; its survivors are counted together
 constexpr int kGroupSlots = kWordSlots * kGroupWords;
 
-// Groups that a row needs; the last one may be empty, so that rank(length) reads inside.
+// Groups per row. The last one may be empty: rank(length) then still reads inside the array.
 MEM1_HOST_DEVICE int prune_groups(int length) { return length / kGroupSlots + 1; }
 
 MEM1_HOST_DEVICE int count_bits(uint32_t bits) {
@@ -42,13 +42,13 @@ MEM1_HOST_DEVICE int lowest_bit(uint32_t bits) {
 #endif
 }
 
-// The lowest `count` bits; any count.
+// A mask of the lowest `count` bits, for any count.
 MEM1_HOST_DEVICE uint32_t low_bits(int count) {
   if (count <= 0) return 0;
   return count >= kWordSlots ? ~0u : (1u << count) - 1;
 }
 
-// Four keep bytes (any value but 0 means keep), the first in the low byte, to four bits.
+// Turns four keep bytes (not 0: keep; the first is the low byte) into four bits.
 MEM1_HOST_DEVICE uint32_t pack_keep(uint32_t bytes) {
   const uint32_t ones = ((((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) >> 7) & 0x01010101u;
   return (ones * 0x01020408u) >> 24 & 0xfu;
@@ -103,8 +103,8 @@ MEM1_HOST_DEVICE RowMoves plan_row(const Survivors& kept, int n, bool ordered) {
   return {n, n - kept.rank(n), n, n};
 }
 
-// Calls emit(move, slot) for the set bits of a word, of which the lowest belongs to move first_move
-// and each further one to the next, as far as the move lies in [begin, end).
+// Calls emit(move, slot) for the set bits of a word, as long as the move lies in [begin, end). The
+// lowest bit belongs to move first_move, and each further one to the next move.
 template <typename Emit>
 MEM1_HOST_DEVICE void emit_bits(uint32_t bits, int first_slot, int first_move, int begin, int end,
                                 const Emit& emit) {
@@ -138,8 +138,8 @@ MEM1_HOST_DEVICE void emit_holes(const Survivors& kept, const RowMoves& moves, i
 // pages, all of whose tokens survive, are left alone. The others are taken in the order of their
 // kind below, and the survivors in them, `packed` in number, are hole-filled as one row of its own:
 // what lies behind slot `packed` moves to the holes before it. The pages that hold slots < packed
-// stay with the row and must be its own to write; all others are freed. So a hole run costs the
-// moves of its two edge pages at most.
+// stay with the row, which must be allowed to write them; all others are freed. So a run of holes
+// costs at most the moves of the two pages at its edges.
 enum PageKind : int {
   kWholePage = 0,
   kOwnedPartial = 1,

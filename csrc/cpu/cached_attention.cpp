@@ -60,6 +60,28 @@ void check_range(const std::vector<int64_t>& rows, const char* name, int64_t row
                     most, " (", meaning, ") in row ", row, ", got ", rows[row]);
 }
 
+// The kernels compare positions as int32, relative to the least one that a new token sees.
+template <typename Position>
+void check_spread(const at::Tensor& position_ids, int64_t row, int64_t begin, int64_t end,
+                  int64_t window) {
+  const Position* data = position_ids.const_data_ptr<Position>() + row * position_ids.stride(0);
+  int64_t least = std::numeric_limits<int64_t>::max();
+  int64_t most = std::numeric_limits<int64_t>::min();
+  for (int64_t slot = begin; slot < end; ++slot) {
+    const int64_t position = data[slot * position_ids.stride(1)];
+    int64_t first;
+    if (__builtin_sub_overflow(position, window - 1, &first)) {
+      first = std::numeric_limits<int64_t>::min();
+    }
+    least = std::min(least, first);
+    most = std::max(most, first);
+  }
+  constexpr uint64_t kMost = std::numeric_limits<int32_t>::max() - 1;
+  TORCH_CHECK_VALUE(begin >= end || static_cast<uint64_t>(most) - least < kMost,
+                    "position_ids: expected the new tokens of a row less than 2^31 apart, got ",
+                    most - static_cast<uint64_t>(least), " in row ", row);
+}
+
 const cpu::CachedAttentionKernels& kernels(cpu::ElementType type) {
   switch (cpu::simd_level()) {
 #ifdef MEM1_SIMD_AMX
@@ -199,6 +221,13 @@ std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
     if (!counts) taken[b] = held[b] == 0 ? 0 : new_tokens;
     check_range(taken, "counts", b, 0, new_tokens, "the new tokens");
     check_range(held, "lengths", b, taken[b], shape.capacity, "the new tokens and the capacity");
+    if (!position_ids) continue;
+    const int64_t begin = held[b] - taken[b];
+    if (position_ids->scalar_type() == at::kLong) {
+      check_spread<int64_t>(*position_ids, b, begin, held[b], window);
+    } else {
+      check_spread<int32_t>(*position_ids, b, begin, held[b], window);
+    }
   }
 
   const at::Tensor out = at::empty(query.sizes(), query.options());

@@ -10,7 +10,8 @@
 namespace mem1::cpu {
 namespace {
 
-// Positions become int32 relative to the first row's; anything further off is as good as this far.
+// Positions become int32 relative to the least one that a row of the unit sees; anything further
+// off is as good as this far. (The caller checks that the rows of a call are not further apart.)
 constexpr int64_t kFar = INT32_MAX - 1;
 
 inline int32_t clamp_far(int64_t x) {
@@ -36,6 +37,11 @@ inline int64_t position_of(const Positions& positions, int64_t slot) {
   return position;
 }
 
+// The first position in the window of the token in `slot`.
+inline int64_t first_seen(const CachedRows& unit, int64_t slot) {
+  return minus(position_of(unit.position_ids, slot), unit.window - 1);
+}
+
 // What each row of a unit sees: slots up to `last`, and, under a window, positions from `nearest`
 // on.
 struct Sight {
@@ -43,24 +49,22 @@ struct Sight {
   alignas(64) int32_t nearest[kTile];  // relative to `base`
   int32_t least_last;
   bool windowed;
-  int64_t base, least_nearest;
+  int64_t base;  // the least position that a row sees
 
   explicit Sight(const CachedRows& unit)
-      : least_last(INT32_MAX),
-        windowed(unit.position_ids.data != nullptr),
-        base(0),
-        least_nearest(INT64_MAX) {
+      : least_last(INT32_MAX), windowed(unit.position_ids.data != nullptr), base(0) {
     for (int r = 0; r < unit.rows; ++r) {
       const int64_t slot = unit.first_slot + (unit.first_row + r) / unit.group;
       last[r] = static_cast<int32_t>(slot - unit.slot_begin);
       least_last = last[r] < least_last ? last[r] : least_last;
       nearest[r] = static_cast<int32_t>(-kFar);
       if (!windowed) continue;
-      const int64_t position = position_of(unit.position_ids, slot);
-      if (r == 0) base = position;
-      const int64_t first = minus(position, unit.window - 1);
-      nearest[r] = clamp_far(minus(first, base));
-      least_nearest = first < least_nearest ? first : least_nearest;
+      const int64_t first = first_seen(unit, slot);
+      base = r == 0 || first < base ? first : base;
+    }
+    for (int r = 0; windowed && r < unit.rows; ++r) {
+      const int64_t slot = unit.first_slot + (unit.first_row + r) / unit.group;
+      nearest[r] = clamp_far(minus(first_seen(unit, slot), base));
     }
     for (int r = unit.rows; r < kTile; ++r) last[r] = nearest[r] = 0;
   }
@@ -71,7 +75,7 @@ struct Sight {
     bool seen = false;
     for (int i = 0; i < count; ++i) {
       const int64_t position = position_of(unit.position_ids, slot + i);
-      const bool near = position >= least_nearest;
+      const bool near = position >= base;
       positions[i] = near ? clamp_far(minus(position, base)) : INT32_MIN;
       seen |= near;
     }

@@ -1,4 +1,4 @@
-// From a tensor's dtype to that of its kernels.
+// Maps a tensor's dtype to the element type of the kernels.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -7,7 +7,7 @@
 
 namespace mem1::cpu {
 
-// Of a dtype that check_activation_dtype lets pass.
+// For a dtype that check_activation_dtype accepts.
 inline ElementType element_type(at::ScalarType dtype) {
   if (dtype == at::kFloat) return ElementType::kFloat;
   return dtype == at::kHalf ? ElementType::kHalf : ElementType::kBFloat16;

@@ -32,7 +32,7 @@ struct Float {
 struct BFloat16 {
   using Stored = uint16_t;
   static float load(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
-  static uint16_t store(float x) {  // to nearest, ties to even; a NaN stays one
+  static uint16_t store(float x) {  // to nearest, ties to even; a NaN stays NaN
     const uint32_t bits = as_bits(x);
     const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     const uint32_t nan = bits >> 16 | 0x40u;
@@ -55,7 +55,7 @@ struct Half {
     const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
     // Adding 0.5 puts the last bit of a subnormal half at the last bit of the float.
     const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
-    // Masks, where a choice between a float's and an integer's result would become a branch.
+    // Masks: a choice between a float's and an integer's result would become a branch.
     const uint32_t is_subnormal = 0u - (magnitude < 0x38800000u);
     const uint32_t is_large = 0u - (magnitude >= 0x477ff000u);
     const uint32_t is_nan = 0u - (magnitude > 0x7f800000u);

@@ -17,8 +17,8 @@
 namespace mem1 {
 namespace {
 
-constexpr int64_t kTaskBytes = 64 * 1024;  // least work worth a thread
-constexpr int kRotatedSlots = 64;          // slots of a rotation task
+constexpr int64_t kTaskBytes = 64 * 1024;  // the least work per thread
+constexpr int kRotatedSlots = 64;          // slots per rotation task
 
 struct Run {
   int source_page, source;
@@ -26,7 +26,7 @@ struct Run {
   int length;
 };
 
-// The bits of one row, with storage of its own.
+// The keep bits of one row, in memory of their own.
 class RowBits {
  public:
   RowBits(const bool* keep, int length)
@@ -96,7 +96,7 @@ void append_move(std::vector<Run>& runs, const Run& move) {
   runs.push_back(move);
 }
 
-// One row to copy for all heads, where memory has them side by side.
+// Where all heads are side by side in memory: one row to copy for all of them.
 SlotTensor merge_heads(SlotTensor tensor) {
   if (tensor.pairs == 0 && tensor.heads > 1 && tensor.head_stride == tensor.row_bytes) {
     tensor.row_bytes *= tensor.heads;
@@ -157,7 +157,7 @@ void copy_all(const std::vector<SlotTensor>& tensors, const std::vector<std::vec
 }
 
 // What a row's slots 0 .. n - 1 hold after the prune: the slot that each survivor comes from, and
-// by how many positions its key turns.
+// by how many positions its key is rotated.
 struct TurnedRow {
   std::vector<int> sources;
   std::vector<int> deltas;
@@ -251,7 +251,7 @@ struct PagedRow {
   std::vector<int> table;  // the row's pages in their new order, those in use first
   int used = 0;
   int survivors = 0;
-  bool fits = true;  // whether the pages that the row may write suffice
+  bool fits = true;  // whether the row may write enough pages
   std::vector<Run> runs;
 };
 
@@ -300,7 +300,7 @@ PagedRow plan_paged_row(const bool* keep, const int32_t* table, int length, int 
   return row;
 }
 
-// Every page in use must exist, count its users, and stand once where it may be written.
+// Checks that every page in use exists, has page_refs >= 1, and is listed once unless it is shared.
 void check_tables(const at::Tensor& block_table, const std::vector<int>& lengths, int page_size,
                   int pages, const int32_t* page_refs) {
   std::vector<char> seen(pages, 0);

@@ -7,13 +7,13 @@
 
 namespace mem1::cpu {
 
-// One slot of one layer: `heads` rows of which the first 2 * pairs elements turn, pair i by
+// One slot of one layer: `heads` rows. Their first 2 * pairs elements are rotated, pair i by
 // steps[i] * positions (units in common/rope_angle.h). Source and destination may be the same.
 struct RotatedSlot {
   ElementType type;
   const char* source;
   char* destination;
-  int64_t head_stride;  // bytes, alike in source and destination
+  int64_t head_stride;  // bytes, the same in source and destination
   int heads;
   int pairs;
   bool interleaved;  // pairs are elements (2i, 2i + 1), not (i, i + pairs)

@@ -22,7 +22,7 @@ void rotate_heads(const RotatedSlot& slot) {
   for (int head = 0; head < slot.heads; ++head) {
     const Stored* source = reinterpret_cast<const Stored*>(slot.source + head * slot.head_stride);
     Stored* destination = reinterpret_cast<Stored*>(slot.destination + head * slot.head_stride);
-    // Either the same memory element for element, or memory apart.
+    // Source and destination are the same memory, element for element, or do not overlap.
 #pragma GCC ivdep
     for (int64_t i = 0; i < pairs; ++i) {
       const float x = Type::load(source[step * i]);

@@ -1,4 +1,4 @@
-// Work of uneven size over all threads, each with scratch of its own.
+// Spreads work of uneven size over all threads. Each thread has its own scratch memory.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -16,21 +16,21 @@ namespace {
 
 using namespace cuda;
 
-// Tensors a launch can take: kFew fit the 4 KiB of kernel parameters that every driver has, kMany
-// the 32 KiB of sm_70 and on. More than that take several launches.
+// Tensors per launch: kFew fit in the 4 KiB of kernel parameters that every driver allows, kMany in
+// the 32 KiB of sm_70 and newer. More tensors take several launches.
 constexpr int kFew = 64;
 constexpr int kMany = 512;
 constexpr int kMostRows = 65535;             // of a grid's second dimension
-constexpr int kMostParts = 16;               // a head's moves are hardly worth more blocks
-constexpr int64_t kPlainShared = 48 * 1024;  // bytes a block gets without asking
+constexpr int kMostParts = 16;               // more blocks per head are hardly worth it
+constexpr int64_t kPlainShared = 48 * 1024;  // bytes per block without raising the limit
 
 struct Grid {
-  int blocks;  // a row
+  int blocks;  // per row
   int parts;
 };
 
-// Blocks that the device holds at once, shared out over the rows and then over tensors, heads and
-// moves, so that each block has the same number of work items.
+// Divides the blocks that the device can run at once among the rows, and then among tensors, heads
+// and moves, so that each block has the same number of work items.
 Grid choose_grid(int64_t resident, int batch, int64_t heads, bool split, int length_bits) {
   const int64_t wanted = std::max<int64_t>(1, resident / batch);
   const int64_t parts =
@@ -42,7 +42,7 @@ Grid choose_grid(int64_t resident, int batch, int64_t heads, bool split, int len
   return {static_cast<int>(blocks), static_cast<int>(parts)};
 }
 
-// Bits that hold twice the capacity.
+// How many bits can hold twice the capacity.
 int length_bits(int capacity) {
   int bits = 1;
   while (capacity >> (bits - 1) != 0) ++bits;
@@ -64,7 +64,7 @@ int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Blocks of `kernel` that the device holds at once; raises its limit of shared memory if needed.
+// Blocks of `kernel` that the device can run at once. Raises the limit of shared memory if needed.
 template <typename Params>
 int64_t resident_blocks(void (*kernel)(const Params), int64_t shared_bytes, const char* argument) {
   const int most_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);

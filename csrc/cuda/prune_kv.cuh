@@ -1,4 +1,4 @@
-// Pruning of dense and paged KV caches: one launch for all layers, and no memory but the caches'.
+// Pruning of dense and paged KV caches: one launch for all layers, and no memory beside the caches.
 //
 // Every block works on one row. It reads the row's keep bits, counts them, and so knows every move
 // (common/prune_index.h); blocks of a row repeat this, which costs a few microseconds at most, and
@@ -29,8 +29,8 @@ namespace mem1::cuda {
 constexpr int kThreads = MEM1_PRUNE_THREADS;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTileMoves = 1024;  // moves whose slots are listed in shared memory at a time
-constexpr int kUnroll = 4;        // accesses in flight a thread
-constexpr int kKeepBytes = 16;    // keep bytes a thread reads at once
+constexpr int kUnroll = 4;        // accesses in flight per thread
+constexpr int kKeepBytes = 16;    // keep bytes that a thread reads at once
 
 struct Row {
   int32_t* lengths;
@@ -48,7 +48,7 @@ struct PruneParams {
   const int32_t* position_delta;
   int64_t delta_stride;
   bool interleaved;
-  int parts;      // into which a head's moves are split
+  int parts;      // parts into which the moves of a head are split
   int max_heads;  // of any tensor
   int tensors;
   SlotTensor tensor[kMaxTensors];
@@ -139,7 +139,7 @@ __device__ __forceinline__ uint32_t load_keep(const uint8_t* keep, int slot, int
 }
 
 // Lists the survivors of a row of `length` slots and returns their number. `first_bits` are those
-// of slots kKeepBytes * threadIdx.x and on, loaded beforehand. Ends without a barrier: group_rank
+// from slot kKeepBytes * threadIdx.x on, loaded before. There is no barrier at the end: group_rank
 // is complete after the next one.
 __device__ __forceinline__ int count_survivors(const uint8_t* keep, int length, uint32_t first_bits,
                                                const RowShared& shared) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ int count_survivors(const uint8_t* keep, int length, 
     halves[chunk] = static_cast<uint16_t>(bits & low_bits(length - slot));
   }
   __syncthreads();
-  const int mine = (groups + kThreads - 1) / kThreads;  // groups a thread
+  const int mine = (groups + kThreads - 1) / kThreads;  // groups per thread
   const int begin = threadIdx.x * mine;
   const int end = begin + mine < groups ? begin + mine : groups;
   int count = 0;
@@ -185,8 +185,8 @@ __device__ __forceinline__ bool count_reader(const Row& row, int32_t* length, in
   const uint32_t old = atomicAdd(shared_length, 1u << row.length_bits);
   const int readers_before = static_cast<int>(old >> row.length_bits);
   *value = static_cast<int>(old & mask);
-  // Negative lengths look like more readers than there are, those up to twice the capacity show by
-  // their lower bits. Some beyond that pass for a shorter row; none leads out of the cache.
+  // A negative length looks like more readers than there are. The lower bits show a length up to
+  // twice the capacity. Some larger ones pass for a shorter row; none leads outside the cache.
   trap_unless(readers_before < row.readers);
   return readers_before == row.readers - 1;
 }
@@ -329,7 +329,7 @@ struct alignas(sizeof(Stored) * kCount) Vector {
   Stored x[kCount];
 };
 
-// One thread's pairs of one key: kCount first and kCount second elements, in whichever layout.
+// One thread's pairs of one key: kCount first and kCount second elements, in either layout.
 template <typename Key, int kCount>
 struct KeyPart {
   using Stored = typename Key::Stored;
@@ -351,7 +351,7 @@ struct KeyPart {
     second = Key::store(x * sine + y * cosine);
   }
   __device__ __forceinline__ void turn(const float* cosine, const float* sine, bool interleaved) {
-    if (interleaved && kCount > 1) {  // a then b hold the pairs one behind the other
+    if (interleaved && kCount > 1) {  // a, then b: the pairs one after the other
 #pragma unroll
       for (int i = 0; i < kCount / 2; ++i) {
         turn_pair(a.x[2 * i], a.x[2 * i + 1], cosine[i], sine[i]);
@@ -364,8 +364,8 @@ struct KeyPart {
   }
 };
 
-// Turns keys [begin, end) of heads [head, head_end), as `moves` lists them, each by the delta of
-// its source. A key that neither moves nor turns is not touched.
+// Rotates keys [begin, end) of heads [head, head_end), as `moves` lists them, each by the delta of
+// its source. A key that is neither moved nor rotated is not touched.
 template <typename Key, int kCount, bool kOrdered, typename Moves>
 __device__ __forceinline__ void turn_parts(const SlotTensor& tensor, int head, int head_end,
                                            const Moves& moves, int begin, int end,
@@ -428,7 +428,7 @@ __device__ __forceinline__ void turn_moves(const SlotTensor& tensor, int head, i
   }
 }
 
-// Survivors that stay where they are, for turning in place; slot -1: nothing there.
+// Survivors that stay where they are and are rotated in place; slot -1: nothing there.
 struct StayingKeys {
   int page;
   Survivors kept;
@@ -452,7 +452,7 @@ __device__ __forceinline__ void prune_tile(const PruneParams<kMaxTensors>& p,
                                            const DenseMoves& moves, int count,
                                            const Survivors& kept, int stay_end,
                                            const int32_t* delta) {
-  const int shares = p.max_heads * p.parts;  // work items a tensor, of which some may be void
+  const int shares = p.max_heads * p.parts;  // work items per tensor; some may be empty
   for (int item = blockIdx.x; item < p.tensors * shares; item += gridDim.x) {
     const SlotTensor& tensor = p.tensor[item / shares];
     const int share = item % shares;
@@ -463,7 +463,7 @@ __device__ __forceinline__ void prune_tile(const PruneParams<kMaxTensors>& p,
       turns = tensor.pairs > 0;
       if (turns && kOrdered) {
         turn_moves<Key, true>(tensor, head, head + 1, moves, 0, count, delta, p.interleaved);
-      } else if (turns) {  // all heads at once, so that an angle is worked out once
+      } else if (turns) {  // all heads at once, to compute each angle once
         const Span span = part_of(0, count, share, tensor.heads * p.parts);
         turn_moves<Key, false>(tensor, 0, tensor.heads, moves, span.begin, span.end, delta,
                                p.interleaved);
@@ -512,7 +512,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<Key, NoKey> ? 4 : 2)
   const int32_t* delta =
       p.position_delta == nullptr ? nullptr : p.position_delta + page * p.delta_stride;
   const DenseMoves moves{page, sources, destinations};
-  int stay_end = delta == nullptr ? 0 : row.stay_end;  // keys there turn along with the first tile
+  int stay_end = delta == nullptr ? 0 : row.stay_end;  // keys there are rotated with the first tile
   for (int begin = 0; begin < row.count || stay_end > 0; begin += kTileMoves) {
     const int end = begin + kTileMoves < row.count ? begin + kTileMoves : row.count;
     const int words = prune_groups(length) * kGroupWords;
@@ -555,8 +555,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   int32_t* const source_slots = list + kTileMoves;
   int32_t* const destination_pages = list + 2 * kTileMoves;
   int32_t* const destination_slots = list + 3 * kTileMoves;
-  int32_t* const table = list + 4 * kTileMoves;          // the row's pages, as they stand
-  int32_t* const order = table + p.max_pages + 1;        // indices into table, as they will stand
+  int32_t* const table = list + 4 * kTileMoves;          // the row's pages, in their old order
+  int32_t* const order = table + p.max_pages + 1;        // indices into table, in the new order
   int32_t* const packed_rank = order + p.max_pages + 1;  // survivors before each page to pack
   int32_t* const broadcast = shared.scratch + kWarps;
 
@@ -566,7 +566,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   int32_t* const row_table = p.block_table + row * p.table_stride;
   const uint32_t first_bits = load_keep(keep, threadIdx.x * kKeepBytes, p.row.capacity);
   if (threadIdx.x == 0) {
-    // Readers count themselves further down, so upper bits may be others' counts; a length out of
+    // Readers count themselves below, so the upper bits may hold others' counts. A length out of
     // range is found there.
     const uint32_t value = *reinterpret_cast<volatile uint32_t*>(row_length);
     const int length = static_cast<int>(value & ((1u << p.row.length_bits) - 1));
@@ -589,7 +589,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 
   const Survivors kept{shared.words, shared.group_rank};
-  const int mine = (pages + kThreads - 1) / kThreads;  // pages a thread
+  const int mine = (pages + kThreads - 1) / kThreads;  // pages per thread
   const int first_page = threadIdx.x * mine;
   const int end_page = first_page + mine < pages ? first_page + mine : pages;
   int place[kPageKinds] = {0, 0, 0, 0}, kinds[kPageKinds];

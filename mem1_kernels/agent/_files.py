@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
-from mem1_kernels._text import valid_text
+from mem1_kernels._text import printable, valid_text
 
 SHOWN = 80
 REASON = 200
@@ -39,6 +40,17 @@ def map_text(value: Any, change: Callable[[str], str]) -> Any:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float can hold.
+
+    >>> is_number(3), is_number(10**400), is_number(True)
+    (True, False, False)
+    """
+    most = sys.float_info.max
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -most <= value <= most
 
 
 def parse_json(text: str) -> Any:
@@ -74,10 +86,10 @@ def read_jsonl(
         ValueError: another encoding, a line that is not JSON or does not fit, or no record at
             all. The message names the option, the file and the line.
     """
-    name = f"{option}: {path}" if option else str(path)
+    name = path_name(path, option)
     records: list[_Record] = []
     try:
-        with open(path, "rb") as file:
+        with open_binary(path, name) as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     line = _without_mark(line, name)
@@ -88,6 +100,31 @@ def read_jsonl(
     if not records:
         raise ValueError(f"{name}: expected one JSON object per line, got an empty file")
     return records
+
+
+def path_name(path: str | Path, option: str) -> str:
+    """A path for error messages, on one line.
+
+    Raises:
+        TypeError: no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{option or 'path'}: expected a path, got {type(path).__name__}")
+    name = printable(str(path)).replace("\n", "\\n")
+    return f"{option}: {name}" if option else name
+
+
+def open_binary(path: str | Path, name: str) -> BinaryIO:
+    """The file, for reading.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: a path that no file can have.
+    """
+    try:
+        return open(path, "rb")
+    except ValueError:  # a NUL, or a lone surrogate
+        raise ValueError(f"{name:.200}: expected a path, but no file can have this name") from None
 
 
 def named_error(error: OSError, name: str) -> OSError:

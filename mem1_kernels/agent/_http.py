@@ -12,8 +12,6 @@ import contextlib
 import email.utils
 import json
 import logging
-import socket
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from mem1_kernels._secrets import Mask, public_address, secrets_of
+from mem1_kernels._clock import Clock
+from mem1_kernels._secrets import Mask, origin_of, public_address, secrets_of
 from mem1_kernels._text import valid_text
 from mem1_kernels.agent._files import map_text, parse_json
 from mem1_kernels.agent.environment import ToolError
@@ -40,7 +39,6 @@ RETRIED = {408, 425, 429, 500, 502, 503, 504}
 SHOWN = 200
 _MAX_ERROR_BYTES = 2**16
 _REDIRECTS = {301, 302, 303, 307, 308}
-_PORTS = {"http": 80, "https": 443}
 _NOT_FOR_TEXT = {"idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7"}
 
 
@@ -112,7 +110,7 @@ class HTTP:
             raise ValueError(f"retries: expected at least 0, got {retries}")
         if max_bytes < 1:
             raise ValueError(f"max_bytes: expected at least 1, got {max_bytes}")
-        self._origin = _origin_of(url)
+        self._origin = origin_of("url", url)
         parts = urlsplit(url)
         user, password = unquote(parts.username or ""), unquote(parts.password or "")
         of_url, private = secrets_of(url)
@@ -213,7 +211,7 @@ class HTTP:
         """One attempt, through redirects; raises `_Failure`."""
         import httpx
 
-        clock = _Clock(self.timeout)
+        clock = Clock(self.timeout)
         try:
             url = _join(self._url, url)
             for _ in range(MAX_REDIRECTS + 1):
@@ -247,12 +245,12 @@ class HTTP:
             clock.stop()
 
     def _build(
-        self, method: str, url: str, arguments: Mapping[str, Any], clock: _Clock
+        self, method: str, url: str, arguments: Mapping[str, Any], clock: Clock
     ) -> httpx.Request:
         import httpx
 
         try:
-            same = _origin_of(url) == self._origin
+            same = origin_of("url", url) == self._origin
         except ValueError:
             same = False
         if not same:
@@ -292,59 +290,6 @@ class HTTP:
     def _shown(self, text: str) -> str:
         """The beginning of a text for an error, masked before it is cut."""
         return repr(self._mask_error(text)[:SHOWN])
-
-
-class _Clock:
-    """Ends an attempt that takes too long: shuts its socket, whatever is being waited for."""
-
-    def __init__(self, seconds: float) -> None:
-        self.expired = False
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Told by httpcore what happens; remembers the socket that is in use."""
-        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-            with self._lock:
-                self._socket = info["return_value"].get_extra_info("socket")
-                if self.expired:
-                    self._shut()
-
-    def stop(self) -> None:
-        """The attempt is over."""
-        self._timer.cancel()
-
-    def _end(self) -> None:
-        with self._lock:
-            self.expired = True
-            self._shut()
-
-    def _shut(self) -> None:
-        if self._socket is not None:
-            with contextlib.suppress(OSError):  # it is closed already
-                # not the method of an SSL socket, which other threads may be reading from
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-
-def _origin_of(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port.
-
-    Raises:
-        ValueError: no http(s) address.
-    """
-    try:
-        parts = urlsplit(url)
-        scheme, host, port = parts.scheme.lower(), parts.hostname, parts.port
-    except ValueError:
-        scheme, host, port = "", None, None
-    if scheme not in _PORTS or not host:
-        raise ValueError(
-            f"url: expected an address such as http://host:8000, got {public_address(url)!r}"
-        )
-    return scheme, host, port or _PORTS[scheme]
 
 
 def _proxy_for(scheme: str, host: str) -> str | None:

@@ -4,6 +4,7 @@
   and case folding. Characters that nobody sees, such as a soft hyphen, are dropped.
 - Scripts that write no spaces (Chinese, Japanese, Thai, Khmer, ...), and Korean, which joins
   particles to its words, give single characters and pairs of neighbours, as Lucene does.
+- A word joined by underscores ("snake_case") gives itself and its parts.
 - A number with separators ("1,000,000") gives its groups and the number without them.
 - Single letters stand apart, and so do English stop words and symbols (emoji, currency signs).
 """
@@ -110,6 +111,14 @@ def split_words(text: str) -> Words:
             _add_letters(word, words, short)
         else:
             (words if len(word) > 1 else short).append(word)
+        if "_" in word:
+            for part in filter(None, word.split("_")):
+                if part in STOP_WORDS:
+                    light.append(part)
+                elif special and not part.isascii():
+                    _add_letters(part, words, short)
+                else:
+                    (words if len(part) > 1 else short).append(part)
     short += [re.sub(r"\D", "", number.group()) for number in _GROUPED.finditer(text)]
     return Words(words, short, light + symbols)
 

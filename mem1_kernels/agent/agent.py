@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mem1_kernels._secrets import origin_of, public_address
 from mem1_kernels.agent.episodes import (
     Episodes,
     Result,
@@ -131,9 +132,12 @@ class MemoryEfficientAgent:
         generation = replace(generation, **options)
         check_generation(generation)
         if isinstance(engine, str) and not (engine in ("pruned", "reprefill") or _is_url(engine)):
+            got = public_address(engine)
             raise ValueError(
-                f"engine: expected 'pruned', 'reprefill' or an address http://…/v1, got {engine!r}"
+                f"engine: expected 'pruned', 'reprefill' or an address http://…/v1, got {got!r}"
             )
+        if isinstance(engine, str) and _is_url(engine):
+            origin_of("engine", engine)
         if not isinstance(engine, str):
             for name, value in (("model", model), ("tokenizer", tokenizer)):
                 if value is not None:

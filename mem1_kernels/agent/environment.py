@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
-from mem1_kernels._text import printable, valid_text
+from mem1_kernels._text import error_text, printable, valid_text
 from mem1_kernels.agent.tags import Content, ParsedTurn, Tags
 from mem1_kernels.agent.text import TextCodec
 
@@ -194,7 +194,7 @@ class EnvironmentBatch:
 
     def fail(self, place: int, error: Exception) -> None:
         """Ends the episode at `place` with what its environment, a tool or the engine raised."""
-        message = valid_text(f"{type(error).__name__}: {error}")
+        message = error_text(error)
         logger.warning("episode %d ends: %s", place, printable(message), exc_info=error)
         self.stop(place, message)
         self.episodes[place].failed = True

@@ -311,16 +311,16 @@ class Episodes:
         if not left:
             self.batch.stop(place, f"no end after {number} turns")
             return None
-        ids = observation_ids(
-            step.observation,
-            self.tags,
-            codec=self.codec,
-            max_tokens=self.max_info_tokens,
-            turns_left=left,
-        )
         try:
+            ids = observation_ids(
+                step.observation,
+                self.tags,
+                codec=self.codec,
+                max_tokens=self.max_info_tokens,
+                turns_left=left,
+            )
             return self._known("observation", ids)
-        except ValueError as error:
+        except Exception as error:  # whatever the tokenizer makes of it ends this episode only
             self.batch.fail(place, error)
             return None
 

@@ -17,7 +17,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 RELEASED_TURNS = 10
@@ -29,16 +29,23 @@ _MINUS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe6
 _APOSTROPHES = dict.fromkeys(map(ord, "\u02b9\u02bb\u02bc\u02bd\u00b4\u2032"), "'")
 _UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 _THOUSANDS = re.compile(r"(?<!\d)(?<!\d[.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
-# Punctuation that means something: a sign (but not the "-" of "10-20" or "COVID-19"), the point and
-# the decimal comma of a number, and what ends "C++", "C#" and "AB-".
+# A comparison before a number, and not the end of an arrow.
+_COMPARED = re.compile(r"(?<![<>=-])([<>]=?|[≤≥])\s*(?=-?[$€£¥]?\.?\d)")
+_EQUAL_TOO = {"<=": "≤", ">=": "≥"}
+# A minus sign before a word ("-pi", "-x"); a dash there is punctuation.
+_MINUS_WORD = re.compile(r"(?:(?<=^)|(?<=[\s(\[{<>=,;:*/^]))[-\u2212\uff0d](?=\(?[^\W\d_]|[∞√])")
+# Punctuation that means something: a sign (but not the "-" of "10-20" or "COVID-19"), that of an
+# exponent ("1e-5"), the point and the decimal comma of a number, and what ends "C++", "C#" and
+# "AB-".
 _MEANT = re.compile(
     r"(?<![\w)\]}%°.,-])-(?=[$€£¥]?\.?\d)"
+    r"|(?<=\de)-(?=\d)"
     r"|(?:(?<![\w.])|(?<=\d))\.(?=\d)"
     r"|(?<=\d),(?=\d)"
     r"|(?<=\w)[+#]{1,2}(?!\w)"
     r"|(?:(?<=\b[^\W\d_])|(?<=\b[^\W\d_]{2}))-(?!\w)"
 )
-_MARKED = {ord(sign): 0xE000 + ord(sign) for sign in "-.,+#"}  # private characters
+_MARKED = {ord(sign): 0xE000 + ord(sign) for sign in "-.,+#<>"}  # private characters
 _UNMARKED = {chr(mark): chr(sign) for sign, mark in _MARKED.items()}
 
 
@@ -48,10 +55,11 @@ def normalize(text: str, *, squad: bool = False, released: bool = False) -> str:
     Characters are composed first (NFC), so that two spellings of an accent are one. A text of
     nothing but articles keeps them.
 
-    By default a number keeps its sign, its point and its decimal comma, loses the commas between
-    its thousands, and does not run into the next one ("10-20", "10:20" and "10 20" are equal, and
-    none is "1020"). "C++", "C#" and "AB-" are not "C" and "AB", "vitamin A" is not "vitamin": a
-    last word is no article. Case is folded ("ß" is "ss").
+    By default a number keeps its sign, also in its exponent, its point, its decimal comma and a
+    comparison before it ("<5", "≥ 5"), loses the commas between its thousands, and does not run
+    into the next one ("10-20", "10:20" and "10 20" are equal, and none is "1020"). A minus sign
+    directly before a word stays too ("-pi"). "C++", "C#" and "AB-" are not "C" and "AB", "vitamin
+    A" is not "vitamin": a last word is no article. Case is folded ("ß" is "ss").
 
     Args:
         squad: SQuAD's rule instead: all ASCII punctuation is deleted, and no other.
@@ -83,9 +91,11 @@ def normalize(text: str, *, squad: bool = False, released: bool = False) -> str:
 
 def _plain(text: str) -> str:
     """Folded text without punctuation, except what makes a number what it is."""
-    text = text.translate(_UNSEEN).translate(_APOSTROPHES).translate(_MINUS)
-    text = unicodedata.normalize("NFC", text.casefold()).replace("i\u0307", "i")
+    text = text.translate(_UNSEEN).translate(_APOSTROPHES)
     text = text.translate(dict.fromkeys(map(ord, _UNMARKED)))
+    text = _MINUS_WORD.sub(chr(_MARKED[ord("-")]), text).translate(_MINUS)
+    text = unicodedata.normalize("NFC", text.casefold()).replace("i\u0307", "i")
+    text = _COMPARED.sub(lambda sign: _EQUAL_TOO.get(sign[1], sign[1].translate(_MARKED)), text)
     text = _THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
     text = _MEANT.sub(lambda sign: sign.group().translate(_MARKED), text)
     kept: list[str] = []
@@ -108,12 +118,16 @@ def exact_match(
 
     An empty prediction matches nothing. `squad`, `released`: see `normalize`.
 
+    Raises:
+        TypeError: a prediction that is not text, or golden answers that are no list of texts.
+
     >>> exact_match("the Nile.", ["Nile", "River Nile"])
     1.0
     >>> exact_match("1.5", ["15"]), exact_match("1.5", ["15"], squad=True)
     (0.0, 1.0)
     """
     rule = {"squad": squad, "released": released}
+    _check_answers(prediction, golden)
     said = normalize(prediction, **rule)
     return float(bool(said) and any(said == normalize(gold, **rule) for gold in golden))
 
@@ -124,12 +138,13 @@ def f1(
     """The best word F1 of the prediction against a golden answer (SQuAD).
 
     Words count as often as they stand there; the released script counts each once. `squad`,
-    `released`: see `normalize`.
+    `released`: see `normalize`. Raises as `exact_match`.
 
     >>> round(f1("river Nile in Egypt", ["River Nile"]), 4)
     0.6667
     """
     rule = {"squad": squad, "released": released}
+    _check_answers(prediction, golden)
     said = Counter(normalize(prediction, **rule).split())
     best = 0.0
     for gold in golden:
@@ -140,6 +155,17 @@ def f1(
         if common:
             best = max(best, 2 * common / (said.total() + true.total()))
     return best
+
+
+def _check_answers(prediction: str, golden: Sequence[str]) -> None:
+    """Raises TypeError unless it is a text and a sequence of texts."""
+    if not isinstance(prediction, str):
+        raise TypeError(f"prediction: expected text, got {type(prediction).__name__}")
+    if isinstance(golden, str) or not isinstance(golden, Sequence | Set):
+        raise TypeError(f"golden: expected a list of texts, got {type(golden).__name__}")
+    for gold in golden:
+        if not isinstance(gold, str):
+            raise TypeError(f"golden: expected texts, got {gold!r}")
 
 
 class TurnTokens(NamedTuple):

@@ -6,7 +6,6 @@ often as it likes and ends with one answer to each, joined by ";", in the order 
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from mem1_kernels._text import valid_text
-from mem1_kernels.agent._files import REASON, named_error, read_jsonl, shown
+from mem1_kernels.agent._files import (
+    REASON,
+    is_number,
+    named_error,
+    open_binary,
+    path_name,
+    read_jsonl,
+    shown,
+)
 from mem1_kernels.agent.environment import Step
 from mem1_kernels.agent.metrics import exact_match, f1
 from mem1_kernels.agent.retrieval import Retriever, show_passages
@@ -121,10 +128,10 @@ def load_questions(path: str | Path, *, option: str = "") -> list[Question]:
         ValueError: another kind of file, or a record without question or answers, with its
             number; see `read_jsonl`.
     """
+    name = path_name(path, option)
     path = Path(path)
     if path.suffix == ".jsonl":
         return read_jsonl(path, _read_question, option=option)
-    name = f"{option}: {path}" if option else str(path)
     if path.suffix != ".parquet":
         raise ValueError(
             f"{option or 'path'}: expected a .jsonl or .parquet file, got {str(path)!r}"
@@ -147,7 +154,7 @@ def _read_parquet(path: Path, name: str) -> list[dict[str, Any]]:
     except ImportError as error:
         raise ImportError("pyarrow is not installed (`pip install mem1-kernels[data]`)") from error
     try:
-        with open(path, "rb") as file:
+        with open_binary(path, name) as file:
             return pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
@@ -164,9 +171,8 @@ def _read_question(record: Any) -> Question:
         raise ValueError("expected question and golden_answers (or answer)")
     answers = golden if isinstance(golden, list | tuple) else [golden]
     for answer in answers:
-        number = isinstance(answer, int | float) and not isinstance(answer, bool)
-        if not isinstance(answer, str) and not (number and math.isfinite(answer)):
-            raise TypeError(f"golden_answers: expected texts or numbers, got {answer!r}")
+        if not isinstance(answer, str) and not is_number(answer):
+            raise TypeError(f"golden_answers: expected texts or numbers, got {answer!r:.80}")
     return Question(record["question"], tuple(str(answer) for answer in answers))
 
 

@@ -7,7 +7,6 @@ with the title on the first line of `contents` and the text below.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any, Protocol
 
 from mem1_kernels._secrets import public_address
 from mem1_kernels._text import valid_text
-from mem1_kernels.agent._files import read_jsonl, written_whole
+from mem1_kernels.agent._files import is_number, path_name, read_jsonl, written_whole
 from mem1_kernels.agent._http import HTTP, MAX_BYTES, RETRIES, TIMEOUT
 from mem1_kernels.agent._words import Words, split_words
+from mem1_kernels.rollout.engine import check_count
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def _passage(identifier: Any, contents: Any, score: Any = 0.0) -> Passage:
     """A passage from parts of a JSON object; another type raises TypeError."""
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise TypeError(f"id: expected text or a whole number, got {identifier!r}")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise TypeError(f"score: expected a finite number, got {score!r}")
+    if not is_number(score):
+        raise TypeError(f"score: expected a finite number, got {score!r:.80}")
     return Passage(str(identifier), contents, float(score))
 
 
@@ -137,7 +137,7 @@ class BM25:
 
         Raises:
             ValueError: topk < 1.
-            TypeError: one string instead of a sequence of queries.
+            TypeError: queries that are not a sequence of texts; a topk that is no integer.
         """
         check_search(queries, topk)
         return [self._find(split_words(query), topk) for query in queries]
@@ -211,6 +211,7 @@ def open_retriever(corpus: str | Path, *, option: str = "corpus") -> Retriever:
         OSError, ValueError: none of the three, or a corpus that cannot be read.
         ImportError: a package that is not installed.
     """
+    path_name(corpus, option)
     if is_address(corpus):
         try:
             return RetrievalServer(str(corpus))
@@ -295,8 +296,12 @@ def check_search(queries: Sequence[str], topk: int) -> None:
     """Raises unless the arguments are those of a `Retriever.search`."""
     if isinstance(queries, str):
         raise TypeError("queries: expected a sequence of queries, got one string")
-    if topk < 1:
-        raise ValueError(f"topk: expected at least 1, got {topk}")
+    if not isinstance(queries, Sequence):
+        raise TypeError(f"queries: expected a sequence of queries, got {type(queries).__name__}")
+    for query in queries:
+        if not isinstance(query, str):
+            raise TypeError(f"queries: expected texts, got {query!r}")
+    check_count("topk", topk)
 
 
 def show_passages(passages: Sequence[Passage]) -> str:

@@ -44,7 +44,12 @@ class World:
         tokenizer: a Hugging Face tokenizer if environments speak text, None if they speak ids.
         eval_tasks: size -> every task of the evaluation, in a fixed order. None: there is no such
             list, and evaluation draws.
-        depth: for the retention policy `fold`: as `Generation.depth`. None: no branches.
+        depth: for the retention policies `fold` and `sub_agents`: as `Generation.depth`. None: no
+            branches.
+        mark: as `Generation.mark`. None: no marks.
+        info_name: as `Generation.info_name`. None: observations have no names.
+        label: for training, after the episode: as for `Rollout.relabelled`. None: what the policy
+            wrote is in the loss, with weight 1.
     """
 
     draw: Callable[[int, random.Random], Any]
@@ -54,6 +59,9 @@ class World:
     tokenizer: Any = None
     eval_tasks: Callable[[int], Sequence[Any]] | None = None
     depth: Callable[[Turn], int] | None = None
+    mark: Callable[[list[int]], str | None] | None = None
+    info_name: Callable[[Turn], str] | None = None
+    label: Callable[[Sequence[Segment]], Sequence[Segment]] | None = None
 
 
 def make_world(

@@ -18,7 +18,7 @@ if importlib.util.find_spec("transformers") is None:
 
 from mem1_kernels.hf.cache import TrajectoryCache
 from mem1_kernels.hf.collator import TrajectoryCollator
-from mem1_kernels.hf.patch import NAME, is_patched, patch, patched, unpatch
+from mem1_kernels.hf.patch import NAME, is_patched, patch, patched, rope_of, unpatch
 
 __all__ = [
     "NAME",
@@ -27,5 +27,6 @@ __all__ = [
     "is_patched",
     "patch",
     "patched",
+    "rope_of",
     "unpatch",
 ]

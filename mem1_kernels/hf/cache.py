@@ -21,6 +21,7 @@ from mem1_kernels.hf.decoder import (
 )
 from mem1_kernels.mask import saturated
 from mem1_kernels.ops.kv_cache import append_kv_, cached_attention, prune_kv_
+from mem1_kernels.ops.rope import Rope
 
 NEVER = torch.iinfo(torch.int32).max
 """The expiry of a slot that is never dropped."""
@@ -72,6 +73,8 @@ class TrajectoryCache(Cache):
         batch_size: the number of rows.
         capacity: slots per row. None: it starts small and doubles when a row is full.
         ordered: keep the slots' order when pruning (more moves).
+        rope: the model's rotation (`rope_of`). With it each prune that drops slots of a row moves
+            the rest to positions 0, 1, 2, ..., and the next token follows them.
 
     Attributes:
         lengths: int32 `[batch]`, the tokens that each row holds.
@@ -113,11 +116,14 @@ class TrajectoryCache(Cache):
         batch_size: int,
         capacity: int | None = None,
         ordered: bool = False,
+        rope: Rope | None = None,
     ) -> None:
         batch_size = _at_least_one("batch_size", batch_size)
         capacity = None if capacity is None else _at_least_one("capacity", capacity)
         if not isinstance(ordered, bool):
             raise TypeError(f"ordered: expected a bool, got {ordered!r}")
+        if rope is not None and not isinstance(rope, Rope):
+            raise TypeError(f"rope: expected a Rope, got {type(rope).__name__}")
         root = root_of(model)
         config: Any = root.config.get_text_config(decoder=True)
         if other := other_layers(config):
@@ -126,6 +132,7 @@ class TrajectoryCache(Cache):
         self._table = table_of(stack_of(decoder_of(root)))
         super().__init__(layers=[])
         self.ordered = ordered
+        self.rope = rope
         self.fixed_capacity = capacity is not None
         self.device = next(model.parameters()).device
         self._batch_size = batch_size
@@ -248,7 +255,24 @@ class TrajectoryCache(Cache):
                 alive,
                 slots=[self.position_ids, self.expiry],
                 ordered=self.ordered,
+                position_delta=None if self.rope is None else self._close_gaps_(alive),
+                rope=self.rope,
             )
+
+    def _close_gaps_(self, alive: Tensor) -> Tensor:
+        """Gives the slots in `alive` the positions 0, 1, 2, ..., and returns by how many each
+        moves, int32 `[batch, capacity]`; 0 in a row that drops nothing."""
+        held = torch.arange(self.capacity, device=self.device) < self.lengths[:, None]
+        kept = alive & held
+        order = torch.where(kept, self.position_ids, NEVER).argsort(1).argsort(1)
+        moves = kept & (kept != held).any(1, keepdim=True)
+        delta = torch.where(moves, order.int() - self.position_ids, 0)
+        self.position_ids.add_(delta)
+        count = kept.sum(1)
+        self._next_position.copy_(
+            torch.where(moves.any(1) | (count == 0), count, self._next_position)
+        )
+        return delta.contiguous()
 
     def reset(self) -> None:
         """Empties all rows and forgets their positions and peak; the memory stays allocated."""

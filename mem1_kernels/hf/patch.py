@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -30,8 +30,10 @@ from mem1_kernels.hf.decoder import (
     stack_of,
     table_of,
 )
+from mem1_kernels.hf.rotation import angles, find_rope, turn
 from mem1_kernels.mask import windowed
 from mem1_kernels.ops.attention import trajectory_attention
+from mem1_kernels.ops.rope import Rope
 
 NAME = "mem1"
 """The name under which transformers knows this attention."""
@@ -43,6 +45,7 @@ _NOT_OURS = frozenset(
     {
         "cache_position",
         "ignore_index",
+        "loss_weights",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
@@ -63,7 +66,8 @@ def patch(model: Model) -> Model:
     or one per batch row. A 2D `attention_mask` beside a plan hides padding. Sliding-window layers
     apply their window to positions. Without a plan the model is causal as before. PEFT, gradient
     checkpointing, autocast, DDP and torch.compile (after patching) still work. A `TrajectoryCache`
-    serves as past_key_values, in a forward pass and in `generate()`.
+    serves as past_key_values (`cache` since transformers 5.24), in a forward pass and in
+    `generate()`.
 
     The loss of a causal LM moves `labels=` by one token. That is right where each label's token
     follows the token that predicts it: in a trajectory, and in packed ones whose prompts are -100.
@@ -75,7 +79,8 @@ def patch(model: Model) -> Model:
         loss = cross_entropy(logits[layout.predecessor[target]], layout.token_ids[target])
 
     or, where no token predicts several, pass `layout.shift_labels()[None]` as both `labels=` and
-    `shift_labels=`.
+    `shift_labels=`. Beside these, `loss_weights=` `[batch, tokens]` weighs the loss at each token
+    that predicts one: the sum is divided by `num_items_in_batch`, or else by the weights' sum.
 
     Args:
         model: a transformers causal model on the attention interface (transformers >= 5.9), with
@@ -97,7 +102,8 @@ def patch(model: Model) -> Model:
     - positions past a table of position embeddings (GPT-2, OPT, CTRL);
     - with a plan: cached tokens, layers of other kinds than full and sliding-window attention, a
       model that does not hand the plan to its attention, missing `position_ids` of a layout whose
-      positions are others than 0, 1, 2, ..., and `labels` that the shift by one makes wrong.
+      positions are others than 0, 1, 2, ..., and `labels` that the shift by one makes wrong;
+    - `loss_weights` without `shift_labels`, or of a model whose loss has other parts (experts).
 
     A model that is not patched ignores a plan silently, as transformers does with any keyword.
 
@@ -138,8 +144,9 @@ def patch(model: Model) -> Model:
         calls = inspect.unwrap(type(root).forward).__code__.co_names
         check_labels = partial(_check_labels, _names(root), "loss_function" in calls)
         guards.append(root.register_forward_pre_hook(check_labels, with_kwargs=True))
+        guards.append(root.register_forward_hook(_weigh_loss, with_kwargs=True))
     stack = stack_of(decoder)
-    open_pass = partial(_open_pass, table_of(stack))
+    open_pass = partial(_open_pass, table_of(stack), _Rotation())
     guards.append(stack.register_forward_pre_hook(open_pass, with_kwargs=True))
     guards.append(stack.register_forward_hook(_close_pass, with_kwargs=True))
     setattr(root, _STATE, _Patch(before, guards))
@@ -190,9 +197,35 @@ def is_patched(model: nn.Module) -> bool:
     return hasattr(root_of(model), _STATE)
 
 
+def rope_of(model: nn.Module) -> Rope:
+    """The rotation of the model's queries and keys, as `prune_kv_` takes it, found by feeding it
+    one token at several positions.
+
+    Raises:
+        ValueError: as `patch`; and a model whose positions are not a rotation by fixed frequencies
+            (no RoPE, "dynamic", "longrope").
+
+    >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+    >>> model = Qwen2ForCausalLM(Qwen2Config(
+    ...     vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=1))
+    >>> rope_of(model).inv_freq[0].shape, rope_of(model).layout
+    (torch.Size([8]), 'half')
+    """
+    with patched(model):
+        return find_rope(stack_of(decoder_of(root_of(model))))
+
+
 def _register() -> None:
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _make_mask)
+
+
+@dataclass
+class _Rotation:
+    """A patched model's rotation, once a pass has needed it."""
+
+    rope: Rope | None = None
 
 
 @dataclass
@@ -225,6 +258,18 @@ def _inputs(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     """input_ids or inputs_embeds of a model's forward: `[batch, tokens, ...]`."""
     ids = args[0] if args else kwargs.get("input_ids")
     return kwargs.get("inputs_embeds") if ids is None else ids
+
+
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among a model's keywords: `cache` from transformers 5.24 on, which still takes the
+    older name `past_key_values`."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The name under which a model takes its cache: "cache" or "past_key_values"."""
+    return "cache" if "cache" in _names(root_of(model)) else "past_key_values"
 
 
 def _check_plan(
@@ -304,12 +349,48 @@ def _check_labels(
         )
 
 
+def _weigh_loss(
+    module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any
+) -> Any | None:
+    """After the forward of a patched causal LM: `loss_weights` make its loss the weighted one."""
+    weights, labels = kwargs.get("loss_weights"), kwargs.get("shift_labels")
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = getattr(weights, "dtype", type(weights).__name__)
+        raise TypeError(f"loss_weights: expected a floating point tensor, got {got}")
+    if labels is None:
+        raise ValueError("loss_weights: expected shift_labels beside them, got none")
+    if weights.shape != labels.shape:
+        expected, got = list(labels.shape), list(weights.shape)
+        raise ValueError(f"loss_weights: expected {expected} like shift_labels, got {got}")
+    if not hasattr(output, "logits") or getattr(output, "aux_loss", None) is not None:
+        raise ValueError(
+            f"loss_weights: expected an output with logits, and no loss but theirs, of "
+            f"{type(module).__name__}; compute the loss from its logits"
+        )
+    logits = output.logits.float()
+    ignored = kwargs.get("ignore_index", -100)
+    labels, weights = labels.to(logits.device), weights.to(logits.device)
+    weights = weights.float().masked_fill(labels == ignored, 0)
+    each = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction="none"
+    )
+    count = kwargs.get("num_items_in_batch")
+    output.loss = (each * weights.flatten()).sum() / (weights.sum() if count is None else count)
+    return output
+
+
 def _open_pass(
-    table: PositionTable | None, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    table: PositionTable | None,
+    rotation: _Rotation,
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Before the layers: a TrajectoryCache takes the mask and returns the positions. A pass under a
     plan fills no cache: the cache would not know what the plan dropped."""
-    cache = kwargs.get("past_key_values")
+    cache = _cache_of(kwargs)
     planned = kwargs.get("plan") is not None
     inputs = _inputs(args, kwargs)
     if inputs is None:
@@ -337,11 +418,16 @@ def _open_pass(
             "plan: expected a model of full and sliding-window attention only, but "
             f"{type(module).__name__} has layers of other kinds: {other}"
         )
-    return args, {**kwargs, "use_cache": False, "arrival": _Arrival()}
+    arrival = _Arrival()
+    if kwargs["plan"].prompt is not None:
+        if rotation.rope is None:
+            rotation.rope = find_rope(cast(PreTrainedModel, module))
+        arrival.rope = rotation.rope
+    return args, {**kwargs, "use_cache": False, "arrival": arrival}
 
 
 def _close_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    cache = kwargs.get("past_key_values")
+    cache = _cache_of(kwargs)
     if isinstance(cache, TrajectoryCache):
         cache.commit()
     arrival = kwargs.get("arrival")
@@ -349,10 +435,24 @@ def _close_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
         raise ValueError(f"plan: {type(module).__name__} does not hand it to its attention")
 
 
+@dataclass
 class _Arrival:
     """Goes through the layers with a plan; `seen` once the plan has reached an attention."""
 
-    seen = False
+    seen: bool = False
+    rope: Rope | None = None  # where the plan is of "compact" positions
+    angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def turned(self, x: Tensor, plan: BlockPlan, layer: int) -> Tensor:
+        """`x` `[batch, heads, tokens, head_dim]` at the positions where it meets what is not of the
+        prompt."""
+        rope, shift = cast(Rope, self.rope), cast(Tensor, plan.shift)
+        inv_freq = rope.inv_freq[layer]
+        if not len(inv_freq):
+            return x  # a layer without RoPE
+        if id(inv_freq) not in self.angles:
+            self.angles[id(inv_freq)] = angles(shift.to(x.device), inv_freq)
+        return turn(x, self.angles[id(inv_freq)], rope.layout)
 
 
 class _MaskIsRead(ValueError, AttributeError):
@@ -433,8 +533,30 @@ class _Mask:
                     "position_ids: a sliding-window layer needs them, but the model hands none to "
                     "its attention"
                 )
-            expiry, floor = windowed(expiry, floor, position_ids, self.window)
-        return BlockPlan.from_expiry(expiry, floor)
+            if given.shift is not None:
+                expiry, floor = windowed(expiry, floor, position_ids + given.shift, self.window)
+            else:
+                expiry, floor = windowed(expiry, floor, position_ids, self.window)
+        narrowed = BlockPlan.from_expiry(expiry, floor)
+        if given.prompt is None:
+            return narrowed
+        return replace(
+            narrowed,
+            prompt=self._narrowed_prompt(given, position_ids),
+            shift=given.shift,
+        )
+
+    def _narrowed_prompt(self, given: BlockPlan, position_ids: Tensor | None) -> BlockPlan:
+        """The plan of the prompt's keys without padding and under this layer type's window."""
+        prompt = cast(BlockPlan, given.prompt)
+        expiry, floor = prompt.expiry, cast(Tensor, prompt.floor)
+        if self.padding is not None:
+            index = torch.arange(given.tokens, dtype=torch.int32, device=expiry.device)
+            expiry = torch.where(self.padding, expiry, index)
+        if self.window is not None:
+            floor = floor + (cast(Tensor, position_ids) - self.window + 1).clamp(min=0)
+        rows = torch.broadcast_shapes(expiry.shape, floor.shape)
+        return BlockPlan.from_expiry(expiry.expand(rows), floor.expand(rows))
 
 
 def _make_mask(
@@ -506,6 +628,7 @@ def _attention(
     plan: BlockPlan | None = None,
     arrival: _Arrival | None = None,
     trajectory_cache: TrajectoryCache | None = None,
+    key_probe: dict[int, Tensor] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' call for attention: `[batch, heads, tokens, head_dim]`, keys after RoPE.
@@ -529,6 +652,8 @@ def _attention(
             f"sliding_window: the layer's is {sliding_window} and its mask's {mask.window} "
             "(chunked attention is not supported, nor a layer that leaves its window to the mask)"
         )
+    if key_probe is not None:
+        key_probe[cast(Any, module).layer_idx] = key
     if trajectory_cache is not None:
         layer: Any = module.layer_idx
         out = trajectory_cache.attend(
@@ -548,13 +673,20 @@ def _attention(
         return _attend_to_cache(query, key, value, mask.cached, scaling, softcap), None
     elif keys != tokens:
         raise ValueError(f"key: expected {tokens} tokens (self-attention), got {keys}")
+    plan = mask.plan(plan, position_ids, query)
+    prompt_query = None
+    if plan.prompt is not None:
+        layer = cast(Any, module).layer_idx
+        prompt_query = query.transpose(1, 2)
+        query, key = (cast(_Arrival, arrival).turned(x, plan, layer) for x in (query, key))
     attended = trajectory_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        plan=mask.plan(plan, position_ids, query),
+        plan=plan,
         scale=scaling,
         softcap=softcap,
+        prompt_query=prompt_query,
     )
     return cast(Tensor, attended), None
 

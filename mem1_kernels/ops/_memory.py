@@ -37,8 +37,7 @@ def check_disjoint(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
 class _Extent:
     """`width` contiguous bytes, repeated along `dims` of (stride in bytes, size), widest first."""
 
-    def __init__(self, block: _Block) -> None:
-        self.start, item, shape, strides = block
+    def __init__(self, item: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
         pairs = zip(strides, shape, strict=True)
         dims = sorted((stride * item, size) for stride, size in pairs if size > 1)
         self.width = item
@@ -53,26 +52,33 @@ class _Extent:
 
 
 def _first_overlap(blocks: Sequence[_Block], written: int) -> tuple[int, int] | None:
-    extents = {i: _Extent(block) for i, block in enumerate(blocks) if 0 not in block[2]}
-    open_extents: list[int] = []
-    for i in sorted(extents, key=lambda i: extents[i].start):
+    made: dict[tuple, _Extent] = {}  # most layers of a model are alike, and have one extent
+    extents = []
+    for block in blocks:
+        layout = block[1:]
+        extent = made.get(layout)
+        if extent is None:
+            extent = made[layout] = _Extent(*layout)
+        extents.append(extent)
+    open_blocks: list[tuple[int, int, _Extent]] = []  # number, start, extent
+    end = 0  # of all of these
+    for start, i in sorted((block[0], i) for i, block in enumerate(blocks) if 0 not in block[2]):
         extent = extents[i]
         if i < written and not extent.nested:
             return i, i
-        open_extents = [
-            j for j in open_extents if extents[j].start + extents[j].span > extent.start
-        ]
-        for j in open_extents:
-            if (i < written or j < written) and _share_bytes(extents[j], extent):
+        open_blocks = [x for x in open_blocks if x[1] + x[2].span > start] if start < end else []
+        for j, other_start, other in open_blocks:
+            if (i < written or j < written) and _share_bytes(other, extent, start - other_start):
                 return min(i, j), max(i, j)
-        open_extents.append(i)
+        open_blocks.append((i, start, extent))
+        end = max(end, start + extent.span)
     return None
 
 
-def _share_bytes(a: _Extent, b: _Extent) -> bool:
+def _share_bytes(a: _Extent, b: _Extent, distance: int) -> bool:
     if not (a.nested and b.nested):
         return True
-    return _meet(a.dims, a.width, a.span, b.dims, b.width, b.span, b.start - a.start)
+    return _meet(a.dims, a.width, a.span, b.dims, b.width, b.span, distance)
 
 
 def _meet(

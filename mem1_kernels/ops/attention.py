@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def trajectory_attention(
     scale: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
+    prompt_query: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which query `i` sees key `k` iff `floor[i] <= k <= i < expiry[k]`.
 
@@ -93,6 +95,9 @@ def trajectory_attention(
         scale: of the scores, 1e-18 to 1e18; default: `head_dim ** -0.5`.
         softcap: scores become `softcap * tanh(scores / softcap)`, if given; 1e-18 to 1e18.
         return_lse: return the log-sum-exp of the scores too (natural log). It is differentiable.
+        prompt_query: for the plan of a layout of "compact" positions, and only for it: the queries
+            at its position_ids, shaped as query. They meet the prompt's keys; query, which meets
+            all others, and key are at its kept_position_ids. It is one softmax over both.
 
     Returns:
         The output, `[batch, tokens, heads, head_dim]` in query's dtype; with `return_lse` also the
@@ -100,7 +105,8 @@ def trajectory_attention(
 
     Raises:
         TypeError: a dtype that is not supported, or dtypes that differ.
-        ValueError: shapes or devices that do not fit, or both a plan and an expiry or floor.
+        ValueError: shapes or devices that do not fit, both a plan and an expiry or floor, or a
+            prompt_query without such a plan or the reverse.
 
     Source: FlashAttention-2 (arXiv 2307.08691); the mask is MEM1's (arXiv 2506.15841, figure 4).
 
@@ -116,6 +122,22 @@ def trajectory_attention(
             x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
             for x in (query, key, value)
         )
+    prompt_plan = plan.prompt if isinstance(plan, BlockPlan) else None
+    if (prompt_query is None) != (prompt_plan is None):
+        needs = "expected None without" if prompt_plan is None else "expected the queries for"
+        raise ValueError(f"prompt_query: {needs} the plan of a layout of 'compact' positions")
+    if prompt_query is not None:
+        return _with_prompt(
+            trajectory_attention(
+                query, key, value, plan=replace(plan, prompt=None),  # type: ignore[type-var]
+                scale=scale, softcap=softcap, return_lse=True,
+            ),
+            trajectory_attention(
+                prompt_query, key, value, plan=prompt_plan,
+                scale=scale, softcap=softcap, return_lse=True,
+            ),
+            return_lse,
+        )  # fmt: skip
     _check_inputs(query, key, value)
     batch, tokens = query.shape[:2]
     if plan is not None:
@@ -150,6 +172,19 @@ def trajectory_attention(
         plan.columns,
     )
     return (out, lse) if return_lse else out
+
+
+def _with_prompt(window: Any, prompt: Any, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """One softmax over the keys of both, each an (out, lse). A query may see nothing in either."""
+    (out, lse), (other, other_lse) = window, prompt
+    unseen = other_lse == float("-inf")
+    more = torch.where(unseen, float("-inf"), other_lse - lse)
+    share = more.sigmoid().transpose(1, 2)[..., None]
+    merged = torch.lerp(out.float(), other.float(), share).to(out.dtype)
+    if not return_lse:
+        return merged
+    alone = lse == float("-inf")
+    return merged, torch.where(alone, other_lse, lse + torch.nn.functional.softplus(more))
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:

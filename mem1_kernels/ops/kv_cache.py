@@ -130,6 +130,7 @@ def cached_attention(
         window: a key is seen only while `query position - key position < window` (tokens, >= 1).
             Needs `position_ids`, since pruning leaves the slots in no order.
         position_ids: int32 or int64 `[batch, capacity]`, each slot's position; read under a window.
+            Those of a row's new tokens lie less than 2^31 apart.
         return_lse: return the log-sum-exp of the scores too (natural log).
 
     Returns:

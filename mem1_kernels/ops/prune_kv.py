@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,51 +191,24 @@ def _heads_last(x: Tensor) -> Tensor:
     return x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x
 
 
-# What the checks look at, of calls that passed them: a cache that is pruned again is checked once.
-_checked: dict[tuple, None] = {}
-_MOST_CHECKED = 256
-
-
 def _call(name: str, arguments: tuple, keep: Tensor, check: Callable[[], None]) -> None:
-    """Calls an op once its arguments have passed the checks, its own or those given here."""
+    """Calls an op whose arguments pass the checks given here.
+
+    The compiled ops make these checks themselves, in a tenth of the time (28 layers: under 20 us,
+    and 210 us here, on an AMD EPYC). The ones given here then only say what is wrong.
+    """
     op = getattr(torch.ops.mem1, name)
     device = keep.device.type.upper() if isinstance(keep, Tensor) else None
     compiled = "mem1_kernels._C" in implementations.get((name, device), "")
-    if compiled and not torch.compiler.is_compiling():
-        try:
-            op(*arguments)
-        except (RuntimeError, TypeError, ValueError):
-            check()  # names the argument where the op cannot
-            raise
-        return
-    signature = _signature(name, arguments)
-    if signature not in _checked:
+    if not compiled or torch.compiler.is_compiling():
         check()
-        _remember(signature)
-    op(*arguments)
-
-
-def _signature(name: str, arguments: tuple) -> tuple | None:
-    """Everything that the checks depend on; None where they cannot be left out."""
-    counts = tuple(len(x) for x in arguments if isinstance(x, list))
-    given = tuple(x is None for x in arguments)
-    tensors = [y for x in arguments for y in (x if isinstance(x, list) else [x])]
-    tensors = [x for x in tensors if x is not None and not isinstance(x, bool)]
-    if torch.compiler.is_compiling() or not all(isinstance(x, Tensor) for x in tensors):
-        return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return None
-    if any(x.is_conj() or x.is_neg() for x in tensors):
-        return None
-    layout = ((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)
-    return name, counts, given, *layout
-
-
-def _remember(signature: tuple | None) -> None:
-    if signature is not None:
-        while len(_checked) >= _MOST_CHECKED:
-            _checked.pop(next(iter(_checked)))
-        _checked[signature] = None
+        op(*arguments)
+        return
+    try:
+        op(*arguments)
+    except (RuntimeError, TypeError, ValueError):
+        check()
+        raise
 
 
 def _check_dense(
@@ -351,16 +325,28 @@ def _check_layers(
         raise ValueError(f"values: expected {len(keys)} tensors like keys, got {len(values)}")
     layers: dict[str, Tensor] = {}
     for label, tensors in (("keys", keys), ("values", values)):
+        passed = None
         for i, x in enumerate(tensors):
             name = f"{label}[{i}]"
+            layers[name] = x
+            if passed is not None and _facts(x) == passed:
+                continue
             _check_tensor(name, x, 4, layout)
             if any(x.shape[dim] != size for dim, size in sizes.items()):
                 expected = [sizes.get(dim, got) for dim, got in enumerate(x.shape)]
                 raise ValueError(f"{name}: expected {expected} {layout}, got {list(x.shape)}")
             _check_item(name, x)
             _check_device(name, x, keep)
-            layers[name] = x
+            passed = _facts(x)
     return layers
+
+
+def _facts(x: Any) -> tuple | None:
+    """All that `_check_layers` looks at in a layer: most layers of a model are alike."""
+    if not isinstance(x, Tensor):
+        return None
+    view = not torch.compiler.is_compiling() and (x.is_conj() or x.is_neg())
+    return x.shape, x.stride(), x.dtype, x.device, view
 
 
 def _check_slots(

@@ -19,6 +19,7 @@ from mem1_kernels.ppo.losses import (
 )
 from mem1_kernels.ppo.masked import AllReduce, masked_mean, whiten
 from mem1_kernels.ppo.metrics import approx_kl, clip_fraction, explained_variance, log_prob_gap
+from mem1_kernels.ppo.turns import turn_gae, turn_relative_advantages, whiten_within
 
 __all__ = [
     "AllReduce",
@@ -38,6 +39,9 @@ __all__ = [
     "rloo_advantages",
     "token_log_probs",
     "truncated_importance_weights",
+    "turn_gae",
+    "turn_relative_advantages",
     "value_loss",
     "whiten",
+    "whiten_within",
 ]

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-def _by_trajectory(mask: Tensor, trajectory_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def by_trajectory(mask: Tensor, trajectory_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """Flat positions of the generated tokens and their ids, both `[generated]`: trajectory after
     trajectory, each in order of time."""
     if mask.dim() not in (1, 2):
@@ -102,7 +102,7 @@ def gae(
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0 <= number <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {number}")
-    where, ids = _by_trajectory(mask, trajectory_ids)
+    where, ids = by_trajectory(mask, trajectory_ids)
     value = values.reshape(-1)[where].double()
     advantage = rewards.reshape(-1)[where].double() - value
     advantage[:-1] += torch.where(ids[1:] == ids[:-1], gamma * value[1:], 0.0)
@@ -177,10 +177,10 @@ def on_every_token(scores: Tensor, mask: Tensor, trajectory_ids: Tensor | None =
 def _checked_scores(
     scores: Tensor, mask: Tensor, trajectory_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`_by_trajectory`, with the ids being exactly the indices of `scores`."""
+    """`by_trajectory`, with the ids being exactly the indices of `scores`."""
     check_scores(scores)
     check_like_mask(mask)
-    where, ids = _by_trajectory(mask, trajectory_ids)
+    where, ids = by_trajectory(mask, trajectory_ids)
     found = ids.unique_consecutive()
     expected = torch.arange(len(scores), device=ids.device)
     if not torch.equal(found, expected):

@@ -70,7 +70,8 @@ class Batch:
     """The episodes of a step, and one number for each of their generated tokens.
 
     Vectors are fp32 `[generated]` on the device, episode after episode, in order of time; but
-    `rewards` is `[episodes]`, and `tasks` the number of each episode's task.
+    `trajectory` and `turn` are int64, `rewards` is `[episodes]`, and `tasks` the number of each
+    episode's task. Generated tokens that are not in the loss (`Segment.trainable`) have no place.
     """
 
     rollouts: list[Rollout]
@@ -78,6 +79,8 @@ class Batch:
     rewards: Tensor
     starts: list[int]
     trajectory: Tensor
+    turn: Tensor
+    weights: Tensor
     sampled: Tensor
     log_probs: Tensor
     reference: Tensor
@@ -92,17 +95,34 @@ class Batch:
         tasks: Sequence[int],
         device: torch.device,
     ) -> Batch:
-        """A batch whose episodes are played and not yet scored."""
+        """A batch whose episodes are played and not yet scored.
+
+        Raises:
+            ValueError: a token is in the loss that the policy did not sample: it has no ratio.
+        """
+        for number, rollout in enumerate(rollouts):
+            foreign = rollout.trajectory.loss_mask & ~rollout.sampled
+            if bool(foreign.any()):
+                raise ValueError(
+                    f"trainable: token {int(foreign.nonzero()[0])} of episode {number} is in the "
+                    "loss, but the policy did not sample it, so it has no probability ratio; "
+                    "learn such tokens in the warm start"
+                )
         masks = [rollout.trajectory.loss_mask for rollout in rollouts]
         sampled = torch.cat([r.log_probs[mask] for r, mask in zip(rollouts, masks, strict=True)])
         sampled = sampled.to(device)
         counts = torch.tensor([int(mask.sum()) for mask in masks])
+        layouts = [rollout.trajectory for rollout in rollouts]
+        turns = [layout.turn[mask] for layout, mask in zip(layouts, masks, strict=True)]
+        weights = [weights_of(layout)[mask] for layout, mask in zip(layouts, masks, strict=True)]
         return Batch(
             rollouts=list(rollouts),
             tasks=list(tasks),
             rewards=torch.tensor(rewards, device=device),
             starts=(counts.cumsum(0) - counts).tolist(),
             trajectory=torch.arange(len(rollouts)).repeat_interleave(counts).to(device),
+            turn=torch.cat(turns).to(device),
+            weights=torch.cat(weights).to(device),
             sampled=sampled,
             **{
                 name: torch.zeros_like(sampled)
@@ -162,6 +182,13 @@ class Batch:
             where = torch.cat(before)[layout.source][layout.loss_mask]
             rows.append(PackedRow.of(layout, where, device))
         return rows
+
+
+def weights_of(layout: Layout) -> Tensor:
+    """fp32 `[tokens]`: the layout's weights, 1 where it has none."""
+    if layout.weights is None:
+        return torch.ones(layout.num_tokens, device=layout.expiry.device)
+    return layout.weights
 
 
 def check_pairing(rollouts: Sequence[Rollout], retention: Retention) -> None:

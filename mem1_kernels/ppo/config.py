@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import math
 import re
@@ -18,6 +19,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from mem1_kernels._secrets import public_address
+from mem1_kernels._text import printable
+from mem1_kernels.context_editing import clear_tool_results, strip_reasoning, sub_agents
 from mem1_kernels.ppo.losses import KLKind
 from mem1_kernels.retention import (
     Retention,
@@ -29,6 +33,11 @@ from mem1_kernels.retention import (
     retained,
 )
 from mem1_kernels.trajectory import Positions
+
+RETENTIONS = (
+    "mem1, keep_all, keep_last(n), strip_reasoning(n), clear_tool_results(n), fold, sub_agents"
+)
+"""The policies that the option `retention` knows by name."""
 
 # Largest and mean |log-prob of the rollout - log-prob of the trainer| that pass as rounding.
 TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (2.0, 0.05)}
@@ -50,6 +59,7 @@ POSITIVE = Bound("a positive number", lambda value: value > 0)
 SHARE = Bound("a number in [0, 1]", lambda value: 0 <= value <= 1)
 BETWEEN = Bound("a number between 0 and 1", lambda value: 0 < value < 1)
 ZERO_OR_ABOVE_ONE = Bound("0 or a number above 1", lambda value: value == 0 or value > 1)
+SEED = Bound("an integer from -2^63 to 2^64 - 1", lambda value: -(2**63) <= value < 2**64)
 SIZES = Bound("whole numbers >= 1", lambda value: bool(value) and min(value) >= 1)
 
 
@@ -69,7 +79,7 @@ class Config:
     out: str = _option(
         "out/ppo", "folder for the config, metrics.jsonl, curve.png, checkpoints, policy"
     )
-    seed: int = _option(0, "of everything: weights, tasks, sampling, order")
+    seed: int = _option(0, "of everything: weights, tasks, sampling, order", SEED)
     steps: int = _option(10, "PPO steps; each plays `episodes` episodes", at_least(0))
     save_every: int = _option(
         0, "steps between checkpoints, one after the warm start; 0: none", at_least(0)
@@ -102,8 +112,10 @@ class Config:
         1, "environments that act at once, for tools that wait for a network", at_least(1)
     )
     # rollout
-    positions: Positions = _option("kept", "pruned cache, or the live text sent again")
-    retention: str = _option("mem1", "mem1, keep_all, keep_last(n), fold, or module:function")
+    positions: Positions = _option(
+        "kept", "pruned cache (its gaps kept, or closed: compact), or the live text sent again"
+    )
+    retention: str = _option("mem1", RETENTIONS + ", or module:function")
     max_turns: int = _option(20, "turns after which an episode is over", at_least(1))
     max_new_tokens: int = _option(16, "tokens after which a turn is cut", at_least(1))
     temperature: float = _option(1.0, "of sampling, and so of the policy that is trained", POSITIVE)
@@ -143,7 +155,10 @@ class Config:
     )
     kl_in: Literal["loss", "reward"] = _option("loss", "where the KL is; reward: at every token")
     kl_kind: KLKind = _option("k3", "estimator of the KL")
-    gamma: float = _option(1.0, "discount per generated token", SHARE)
+    credit: Literal["token", "turn"] = _option(
+        "token", "a step of ppo's GAE: a generated token, or all those of a turn"
+    )
+    gamma: float = _option(1.0, "discount per generated token, or turn (credit)", SHARE)
     lam: float = _option(1.0, "of GAE", SHARE)
     critic: Literal["head", "detached", "model"] = _option(
         "detached", "detached: a head that leaves the policy alone"
@@ -186,20 +201,25 @@ class Config:
                 f"kl_in: expected 'loss' for {self.algorithm}, which scores whole episodes, "
                 "got 'reward'"
             )
+        if self.credit == "turn" and self.algorithm != "ppo":
+            raise ValueError(
+                f"credit: expected 'token' for {self.algorithm}, which has no critic, got 'turn'"
+            )
         if self.kl_in == "loss" and self.kl_kind == "k1" and self.kl_coef:
             raise ValueError(
                 "kl_kind: expected 'k2' or 'k3' in the loss, where the gradient of k1 is 0 in the "
                 "mean, got 'k1'"
             )
-        if self.sft_jump and self.positions == "reprefill":
+        if self.sft_jump and self.positions != "kept":
             raise ValueError(
-                f"sft_jump: expected 0 for compact (re-prefilled) positions, got {self.sft_jump}"
+                f"sft_jump: expected 0 for {self.positions!r} positions, got {self.sft_jump}"
             )
         if self.transcripts and not self.sft_steps:
             raise ValueError("sft_steps: expected at least 1 to learn from transcripts, got 0")
         if self.task == "qa" and not self.environment and not (self.data and self.corpus):
+            corpus = public_address(self.corpus)
             raise ValueError(
-                f"data, corpus: expected both for task 'qa', got {self.data!r} and {self.corpus!r}"
+                f"data, corpus: expected both for task 'qa', got {self.data!r} and {corpus!r}"
             )
         speaks_ids = self.task in ("chain", "lookup") or self.environment
         if self.model == "tiny" and not speaks_ids:
@@ -245,7 +265,8 @@ def _read(option: Option, value: Any) -> Any:
         value = tuple(value)
         fits = all(type(item) is int for item in value)
     elif kind is float and type(value) is int:
-        value, fits = float(value), True
+        fits = abs(value) < 2**1000  # larger ones are not even a float
+        value = float(value) if fits else value
     else:
         fits = type(value) is kind
     if option.choices:
@@ -308,19 +329,31 @@ def retention_of(name: str) -> Retention:
 
     >>> retention_of("keep_last(2)").__name__
     'keep_last(2)'
+    >>> retention_of("clear_tool_results(2000, keep=2)")
+    clear_tool_results(2000, keep=2)
     """
-    named = {"mem1": mem1, "keep_all": keep_all, "fold": fold}
+    named = {"mem1": mem1, "keep_all": keep_all, "fold": fold, "sub_agents": sub_agents}
     if name in named:
         return named[name]
+    made: dict[str, Callable[..., Retention]] = {
+        "keep_last": keep_last,
+        "strip_reasoning": strip_reasoning,
+        "clear_tool_results": clear_tool_results,
+    }
+    try:
+        call: Any = ast.parse(name.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        call = None
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in made:
+        try:
+            arguments = [ast.literal_eval(argument) for argument in call.args]
+            options = {str(item.arg): ast.literal_eval(item.value) for item in call.keywords}
+            return made[call.func.id](*arguments, **options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"retention: expected a policy, got {name!r} ({error})") from error
     if ":" in name:
         return _checked(load_object("retention", name), name)
-    number = re.fullmatch(r"keep_last\(([1-9]\d*)\)", name)
-    if number is None:
-        raise ValueError(
-            "retention: expected 'mem1', 'keep_all', 'keep_last(n)', 'fold' or 'module:function', "
-            f"got {name!r}"
-        )
-    return keep_last(int(number.group(1)))
+    raise ValueError(f"retention: expected {RETENTIONS} or module:function, got {name!r}")
 
 
 def _checked(retention: Any, name: str) -> Retention:
@@ -344,7 +377,10 @@ def read_config(path: str | Path, **overrides: Any) -> Config:
     >>> read_config("configs/chain.toml", steps=3).steps
     3
     """
-    data = Path(path).read_bytes()
+    try:
+        data = Path(path).read_bytes()
+    except ValueError:  # a NUL, or a lone surrogate
+        raise ValueError(f"config: no file can have the name {str(path)!r}") from None
     try:
         text = data.decode("utf-8-sig")
         values = tomllib.loads(text)
@@ -352,7 +388,7 @@ def read_config(path: str | Path, **overrides: Any) -> Config:
         line = data.count(b"\n", 0, error.start) + 1
         got = data[error.start : error.start + 1]
         raise ValueError(f"{path}, line {line}: expected UTF-8, got {got!r}") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     known = {option.name for option in options()}
     for name in values.keys() | overrides.keys():
@@ -404,6 +440,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     try:
         return Config(**values) if path is None else read_config(path, **values)
     except OSError as error:
-        parser.exit(2, f"{parser.prog}: error: --config: {path}: {error.strerror}\n")
+        shown = printable(path)
+        parser.exit(2, f"{parser.prog}: error: --config: {shown}: {error.strerror}\n")
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -21,9 +21,10 @@ from mem1_kernels._text import printable
 from mem1_kernels.agent.agent import MemoryEfficientAgent
 from mem1_kernels.agent.episodes import Result
 from mem1_kernels.agent.world import TOKEN_TASKS, World, make_world
+from mem1_kernels.context_editing import memento, sub_agents
 from mem1_kernels.ppo.config import Config, load_object, loading, retention_of
 from mem1_kernels.ppo.files import replaced
-from mem1_kernels.retention import GENERATED, Retention, Segment, fold
+from mem1_kernels.retention import Retention, Segment, fold
 from mem1_kernels.rollout import Engine, Generation, HFEngine, Rollout
 from mem1_kernels.trajectory import Trajectory
 
@@ -111,13 +112,22 @@ def _imported_world(name: str) -> World:
     return found
 
 
-def check_depth(world: World, retention: Retention) -> None:
-    """Raises ValueError if `fold` could not fold: every segment would be of depth 0, and stay."""
-    if retention is fold and world.depth is None:
-        raise ValueError(
-            "retention: fold drops a branch when it returns, but this world opens none: expected "
-            "World.depth, got None"
-        )
+def check_world(world: World, retention: Retention) -> None:
+    """Raises ValueError if the world does not tell the policy what it goes by, so that the policy
+    would drop less than it says."""
+    branches, blocks = retention in (fold, sub_agents), retention is memento
+    for needed, name, reason in (
+        (branches, "depth", "drops a branch when it returns, but this world opens none"),
+        (blocks, "mark", "drops blocks inside a turn, but this world marks none"),
+        (
+            bool(getattr(retention, "exclude", ())),
+            "info_name",
+            "excludes tools by name, but this world names none",
+        ),
+    ):
+        if needed and getattr(world, name) is None:
+            said = getattr(retention, "__name__", repr(retention))
+            raise ValueError(f"retention: {said} {reason}: expected World.{name}, got None")
 
 
 def draw_tasks(config: Config, world: World, step: int) -> list[Any]:
@@ -151,10 +161,10 @@ def collect(
 
     Raises:
         RuntimeError: half of the episodes failed.
-        ValueError: retention is `fold`, and the world says nothing of depth.
+        ValueError: the retention policy goes by what the world does not say, such as depth.
     """
-    check_depth(world, generation.retention)
-    generation = replace(generation, depth=world.depth)
+    check_world(world, generation.retention)
+    generation = replace(generation, depth=world.depth, mark=world.mark, info_name=world.info_name)
     numbers = [number for number in range(len(tasks)) for _ in range(group_size)]
     batches = [
         numbers[at : at + config.rollout_batch]
@@ -316,8 +326,9 @@ def evaluate(
 
 
 def read_transcripts(path: str) -> list[tuple[list[Segment], float]]:
-    """Traces from a JSONL file, one `{"segments": [[role, turn, ids, depth], ...], "reward": r}`
-    per line; without a depth it is 0. Blank lines are left out.
+    """Traces from a JSONL file, one `{"segments": [[role, turn, ids, depth, more], ...],
+    "reward": r}` per line. Without a depth it is 0; `more` is an object with what of `trainable`,
+    `weight` and `name` (see `Segment`) is not the default. Blank lines are left out.
 
     Raises:
         OSError: a file that cannot be read.
@@ -328,12 +339,14 @@ def read_transcripts(path: str) -> list[tuple[list[Segment], float]]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise type(error)(f"transcripts: {path}: {error.strerror}") from None
+    except ValueError:  # a NUL, or a lone surrogate
+        raise ValueError(f"transcripts: no file can have the name {path!r:.200}") from None
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             traces.append(_read_trace(json.loads(line.decode("utf-8-sig"))))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             said: object = f"no {error}" if isinstance(error, KeyError) else error
             if isinstance(error, json.JSONDecodeError):  # which counts lines of its own
                 said = f"{error.msg} at column {error.colno}"
@@ -346,13 +359,31 @@ def read_transcripts(path: str) -> list[tuple[list[Segment], float]]:
 
 
 def _read_trace(record: Any) -> tuple[list[Segment], float]:
-    segments = [Segment(role, ids, turn, *depth) for role, turn, ids, *depth in record["segments"]]
+    segments = [_read_segment(*item) for item in record["segments"]]
     reward = float(record["reward"])
     if not math.isfinite(reward):
         raise ValueError(f"reward: expected a finite number, got {reward}")
-    if not any(segment.role in GENERATED and segment.num_tokens for segment in segments):
+    if not any(segment.in_loss and segment.num_tokens for segment in segments):
         raise ValueError("segments: expected tokens of a state or an action, got none")
     return segments, reward
+
+
+_MORE = {"trainable": None, "weight": 1.0, "name": ""}
+
+
+def _read_segment(
+    role: str, turn: int, ids: Any, depth: int = 0, more: Mapping[str, Any] | None = None
+) -> Segment:
+    more = {} if more is None else more
+    if not isinstance(more, Mapping) or (set(more) - set(_MORE)):
+        raise ValueError(f"segments: expected an object of {sorted(_MORE)}, got {more!r}")
+    return Segment(role, ids, turn, depth, **more)
+
+
+def _write_segment(segment: Segment) -> list[Any]:
+    values = {name: getattr(segment, name) for name in _MORE}
+    more = {name: value for name, value in values.items() if value != _MORE[name]}
+    return [segment.role, segment.turn, segment.ids, segment.depth, *([more] if more else [])]
 
 
 def write_transcripts(results: Sequence[Result], path: Path) -> None:
@@ -365,5 +396,5 @@ def write_transcripts(results: Sequence[Result], path: Path) -> None:
     with replaced(path) as part, open(part, "w", encoding="utf-8") as file:
         for result in results:
             segments = rollout_of(result).trajectory.segments
-            record = {"segments": [[s.role, s.turn, s.ids, s.depth] for s in segments]}
+            record = {"segments": [_write_segment(segment) for segment in segments]}
             file.write(json.dumps(record | {"reward": result.reward}) + "\n")

@@ -56,11 +56,12 @@ def policy_loss(
         old_log_probs: `[...]`, floating point, of the policy that the update started from.
         advantages: `[...]`, floating point.
         mask: `[...]` bool, True for generated tokens.
-        denominator: N > 0, the generated tokens of the whole optimizer step.
+        denominator: N > 0, the generated tokens of the whole optimizer step (with `Layout.weights`,
+            the sum of their weights).
         clip: in (0, 1).
         dual_clip: c > 1, or None.
-        weights: `[...]`, floating point >= 0, one factor per token, such as
-            `truncated_importance_weights`; None: 1.
+        weights: `[...]`, floating point >= 0, one factor per token, such as `Layout.weights`,
+            `truncated_importance_weights` or their product; None: 1.
 
     Returns:
         0-d tensor, fp32 (fp64 for fp64).
@@ -104,18 +105,21 @@ def value_loss(
     *,
     denominator: float,
     clip: float | None = 0.5,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Squared error of the critic, the larger of the plain one and the one of the clipped value.
 
-        1/(2N) sum_i max((V_i - R_i)^2, (V_old_i + clamp(V_i - V_old_i, -clip, clip) - R_i)^2)
+        1/(2N) sum_i w_i max((V_i - R_i)^2, (V_old_i + clamp(V_i - V_old_i, -clip, clip) - R_i)^2)
 
     Args:
         values: `[...]`, floating point, of the current critic; takes the gradient.
         old_values: `[...]`, floating point, of the critic that made the advantages.
         returns: `[...]`, floating point.
         mask: `[...]` bool, True for generated tokens.
-        denominator: N > 0, the generated tokens of the whole optimizer step.
+        denominator: N > 0, the generated tokens of the whole optimizer step (with `Layout.weights`,
+            the sum of their weights).
         clip: > 0, in units of the value; None: no clipping.
+        weights: `[...]`, floating point >= 0, one factor per token; None: 1.
 
     Returns:
         0-d tensor, fp32 (fp64 for fp64).
@@ -130,7 +134,7 @@ def value_loss(
     >>> value_loss(2 * one, 0 * one, 2 * one, one.bool(), denominator=1)  # clipped to 0.5
     tensor(1.1250)
     """
-    check_like_mask(mask, values=values, old_values=old_values, returns=returns)
+    check_like_mask(mask, values=values, old_values=old_values, returns=returns, weights=weights)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: expected a positive number or None, got {clip}")
     value, old, target = (live(x, mask) for x in (values, old_values.detach(), returns.detach()))
@@ -138,6 +142,8 @@ def value_loss(
     if clip is not None:
         clipped = old + (value - old).clamp(-clip, clip)
         error = torch.maximum(error, (clipped - target).square())
+    if weights is not None:
+        error = error * live(weights.detach(), mask)
     return 0.5 * error.sum() / check_denominator(denominator)
 
 

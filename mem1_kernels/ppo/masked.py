@@ -64,10 +64,12 @@ def check_scores(scores: Tensor) -> None:
         )
 
 
-def masked_mean(x: Tensor, mask: Tensor, *, denominator: float | None = None) -> Tensor:
+def masked_mean(
+    x: Tensor, mask: Tensor, *, denominator: float | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Sum over the generated tokens, divided by an explicit count.
 
-        1/N sum_{i in mask} x_i
+        1/N sum_{i in mask} w_i x_i
 
     With gradient accumulation, N is the number of generated tokens in the *whole* optimizer step,
     not in the micro-batch; then the micro-batches' results add up to the value of the undivided
@@ -77,15 +79,17 @@ def masked_mean(x: Tensor, mask: Tensor, *, denominator: float | None = None) ->
     Args:
         x: `[...]`, floating point; computed in fp32 (fp64 stays fp64).
         mask: `[...]` bool, True for generated tokens.
-        denominator: N > 0. None: the number of True entries in `mask`.
+        denominator: N > 0. None: the number of True entries in `mask`, or the sum of their weights.
+        weights: `[...]`, floating point >= 0, of each token (`Layout.weights`); no gradient flows
+            into them. None: 1.
 
     Returns:
         0-d tensor. With an explicit denominator an empty mask gives 0 with zero gradients.
 
     Raises:
-        ValueError: shapes differ; the mask is empty and `denominator` is None;
-            `denominator` is not positive and finite.
-        TypeError: `mask` is not bool, or `x` is not floating point.
+        ValueError: shapes differ; the mask is empty, or its weights are all 0, and `denominator` is
+            None; `denominator` is not positive and finite.
+        TypeError: `mask` is not bool, or `x` or `weights` is not floating point.
 
     Source: the token-level mean of DAPO (arXiv 2503.14476, eq. 8), with the count made explicit.
 
@@ -95,14 +99,19 @@ def masked_mean(x: Tensor, mask: Tensor, *, denominator: float | None = None) ->
     tensor(2.)
     >>> masked_mean(entropy, generated, denominator=8)
     tensor(0.5000)
+    >>> masked_mean(entropy, generated, weights=torch.tensor([3.0, 1.0, 1.0]))
+    tensor(1.5000)
     """
-    check_like_mask(mask, x=x)
+    check_like_mask(mask, x=x, weights=weights)
+    factor = None if weights is None else live(weights.detach(), mask)
     if denominator is None:
-        count = int(mask.sum())
-        if count == 0:
-            raise ValueError("mask: expected at least one True entry, got none")
-    total = live(x, mask).sum()
-    return total / (count if denominator is None else check_denominator(denominator))
+        denominator = float(mask.sum() if factor is None else factor.sum(dtype=torch.float64))
+        if denominator == 0:
+            expected = "True entry" if factor is None else "True entry of weight above 0"
+            raise ValueError(f"mask: expected at least one {expected}, got none")
+    values = live(x, mask)
+    total = (values if factor is None else values * factor).sum()
+    return total / check_denominator(denominator)
 
 
 def check_denominator(denominator: float) -> float:

@@ -14,8 +14,9 @@ from typing import Any
 from mem1_kernels.hf.cache import FIRST_CAPACITY
 from mem1_kernels.ppo.config import Config, loading, read_config, retention_of
 from mem1_kernels.ppo.logprobs import LOGITS_BUDGET
-from mem1_kernels.retention import Segment
+from mem1_kernels.retention import Segment, placeholder_of
 from mem1_kernels.trajectory import Trajectory
+from mem1_kernels.tree import unroll
 
 HELD = "held all the time"
 
@@ -31,7 +32,10 @@ def peak_context(config: Config, prompt: int) -> int:
         segments.append(Segment("state", config.max_new_tokens, turn))
         segments.append(Segment("info", config.max_info_tokens, turn))
     # Nothing is read behind the last turn.
-    return Trajectory(segments[:-1], retention_of(config.retention)).peak_context
+    trajectory = Trajectory(segments[:-1], retention_of(config.retention))
+    if config.positions == "reprefill" and placeholder_of(trajectory.retention):
+        return unroll(trajectory).peak_context
+    return trajectory.peak_context
 
 
 def cache_slots(peak: int, prompt: int) -> int:

@@ -22,6 +22,7 @@ from accelerate.utils import LoggerType
 from tqdm import tqdm
 
 from mem1_kernels._plot import size_unit
+from mem1_kernels._secrets import public_address
 from mem1_kernels.ppo.config import Config
 from mem1_kernels.ppo.files import from_main, named, replaced
 
@@ -196,7 +197,8 @@ class Log:
         is_main = accelerator.is_main_process
         self.history = read_history(self.path, is_main) if first_step else []
         self.history = [record for record in self.history if record["step"] < first_step]
-        options = asdict(config)
+        # The address may hold a password, and trackers send the options to other servers.
+        options = asdict(config) | {"corpus": public_address(config.corpus)}
         from_main(is_main, lambda: self._begin(options))
         shown = {name: str(v) if isinstance(v, tuple) else v for name, v in options.items()}
         if config.trackers:

@@ -50,6 +50,7 @@ from mem1_kernels.ppo import (
     reinforce_pp_advantages,
     rloo_advantages,
     truncated_importance_weights,
+    turn_gae,
     value_loss,
     whiten,
 )
@@ -63,7 +64,7 @@ from mem1_kernels.ppo.checkpoint import (
 from mem1_kernels.ppo.config import TOLERANCE, Config
 from mem1_kernels.ppo.episodes import (
     MakeEngine,
-    check_depth,
+    check_world,
     collect,
     draw_tasks,
     dropped_tokens,
@@ -152,7 +153,7 @@ def train(
         saved = newest_checkpoint(out, accelerator, config.resume)
         world = world or world_of(config)
         retention = generation_of(config).retention
-        check_depth(world, retention)
+        check_world(world, retention)
         learner = Learner(config, accelerator, attend)
         first_step, in_checkpoint = 0, -1
         if saved:
@@ -256,6 +257,8 @@ def run_step(
         raise RuntimeError(f"step {step}: a tool failed in every group of episodes")
     results = [result for _, result in kept]
     rollouts = [rollout_of(result) for result in results]
+    if world.label is not None:
+        rollouts = [rollout.relabelled(world.label) for rollout in rollouts]
     batch = Batch.of(rollouts, [r.reward for r in results], [task for task, _ in kept], device)
 
     rows = batch.rows(range(len(results)), config, retention, device)
@@ -320,13 +323,14 @@ def check_agreement(batch: Batch, config: Config, dtype: str) -> tuple[float, fl
 
 def estimate_advantages(batch: Batch, config: Config) -> dict[str, float]:
     """Fills `advantages` and `returns` as `config.algorithm` says."""
-    mask, ids = batch.mask, batch.trajectory
+    # An episode none of whose tokens is in the loss counts in its group's mean only.
+    mask, (trained, ids) = batch.mask, batch.trajectory.unique(return_inverse=True)
     if config.algorithm in ("grpo", "rloo"):
         task = torch.tensor(batch.tasks, device=ids.device)
         relative = grpo_advantages if config.algorithm == "grpo" else rloo_advantages
-        batch.advantages = on_every_token(relative(batch.rewards, task), mask, ids)
+        batch.advantages = on_every_token(relative(batch.rewards, task)[trained], mask, ids)
         return {}
-    rewards = on_last_token(batch.rewards, mask, ids)
+    rewards = on_last_token(batch.rewards[trained], mask, ids)
     if config.kl_coef and config.kl_in == "reward":
         rewards = kl_penalised_rewards(
             rewards,
@@ -339,9 +343,14 @@ def estimate_advantages(batch: Batch, config: Config) -> dict[str, float]:
     if config.algorithm == "reinforce++":
         batch.advantages = reinforce_pp_advantages(rewards, mask, ids, gamma=config.gamma)
         return {}
-    advantages, batch.returns = gae(
-        rewards, batch.values, mask, ids, gamma=config.gamma, lam=config.lam
-    )
+    if config.credit == "turn":
+        advantages, batch.returns = turn_gae(
+            rewards, batch.values, mask, batch.turn, ids, gamma=config.gamma, lam=config.lam
+        )
+    else:
+        advantages, batch.returns = gae(
+            rewards, batch.values, mask, ids, gamma=config.gamma, lam=config.lam
+        )
     batch.advantages = whiten(advantages, mask)
     return {"explained_variance": float(explained_variance(batch.values, batch.returns, mask))}
 
@@ -351,13 +360,11 @@ def update(
 ) -> dict[str, float]:
     """All epochs and minibatches of one step; returns the means of what they report."""
     config, device = learner.config, learner.accelerator.device
-    weights = (
-        truncated_importance_weights(
+    weights = batch.weights
+    if config.importance_cap:
+        weights = weights * truncated_importance_weights(
             batch.log_probs, batch.sampled, batch.mask, cap=config.importance_cap
         )
-        if config.importance_cap
-        else None
-    )
     groups = batch.groups
     reports = []
     for epoch in range(config.epochs):
@@ -368,6 +375,9 @@ def update(
             chosen = [number for task in order[begin : begin + at_once] for number in groups[task]]
             rows = batch.rows(chosen, config, retention, device)
             count = sum(len(row.where) for row in rows)
+            total = sum(float(batch.weights[row.where].sum(dtype=torch.float64)) for row in rows)
+            if total == 0:
+                continue  # nothing of these episodes is in the loss
 
             def loss_of(
                 row: PackedRow,
@@ -375,18 +385,23 @@ def update(
                 entropy: Tensor,
                 values: Tensor | None,
                 count: int = count,
+                total: float = total,
             ) -> tuple[Tensor, dict[str, Tensor]]:
-                return ppo_loss(config, batch, weights, count, row, log_probs, entropy, values)
+                return ppo_loss(
+                    config, batch, weights, (count, total), row, log_probs, entropy, values
+                )
 
             reports.append(train_on(learner, rows, loss_of, watch))
+    if not reports:
+        raise ValueError("weights: expected one above 0 in a step's episodes, got none")
     return {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
 
 
 def ppo_loss(
     config: Config,
     batch: Batch,
-    weights: Tensor | None,
-    count: int,
+    weights: Tensor,
+    counts: tuple[int, float],
     row: PackedRow,
     log_probs: Tensor,
     entropy: Tensor,
@@ -395,11 +410,14 @@ def ppo_loss(
     """One row's part of the minibatch's loss, and of the figures that are logged.
 
     Args:
-        weights: truncated importance weights of the batch's tokens, or None.
-        count: generated tokens in the minibatch, over all its rows.
+        weights: of the batch's tokens in the policy's loss: their own, times truncated importance
+            weights if there are any.
+        counts: the generated tokens in the minibatch, over all its rows, and their weights' sum.
         log_probs, entropy, values: of the row's generated tokens, under the policy now.
     """
     old, advantages = batch.log_probs[row.where], batch.advantages[row.where]
+    own = batch.weights[row.where]
+    count, total = counts
     mask = torch.ones_like(old, dtype=torch.bool)
     figures = {
         "policy_loss": policy_loss(
@@ -407,26 +425,27 @@ def ppo_loss(
             old,
             advantages,
             mask,
-            denominator=count,
+            denominator=total,
             clip=config.clip,
             dual_clip=config.dual_clip or None,
-            weights=None if weights is None else weights[row.where],
+            weights=weights[row.where],
         ),
-        "entropy": entropy.sum() / count,
+        "entropy": (own * entropy).sum() / total,
     }
     loss = figures["policy_loss"] - config.entropy_coef * figures["entropy"]
     if config.kl_coef and config.kl_in == "loss":
         reference = batch.reference[row.where]
         distance = kl_estimate(log_probs, reference, mask, kind=config.kl_kind)
-        loss = loss + config.kl_coef * distance.sum() / count
+        loss = loss + config.kl_coef * (own * distance).sum() / total
     if values is not None:
         figures["value_loss"] = value_loss(
             values,
             batch.values[row.where],
             batch.returns[row.where],
             mask,
-            denominator=count,
+            denominator=total,
             clip=config.value_clip or None,
+            weights=own,
         )
         loss = loss + figures["value_loss"]
     clipped = clip_fraction(log_probs, old, advantages, mask, clip=config.clip, denominator=count)

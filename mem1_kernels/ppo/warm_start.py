@@ -11,14 +11,15 @@ from torch import Tensor
 
 from mem1_kernels.agent.world import World
 from mem1_kernels.ppo.advantages import gae, on_last_token
-from mem1_kernels.ppo.batch import PackedRow, fill
+from mem1_kernels.ppo.batch import PackedRow, fill, weights_of
 from mem1_kernels.ppo.episodes import read_transcripts
 from mem1_kernels.ppo.learner import Learner
 from mem1_kernels.ppo.losses import value_loss
+from mem1_kernels.ppo.masked import masked_mean
 from mem1_kernels.ppo.report import Progress, Stopwatch
 from mem1_kernels.ppo.update import train_on
 from mem1_kernels.retention import Retention, Segment
-from mem1_kernels.trajectory import Layout, Trajectory, pack
+from mem1_kernels.trajectory import Layout, Trajectory, compacted, pack
 from mem1_kernels.tree import unroll
 
 
@@ -63,28 +64,34 @@ def warm_start(
             jump = rng.randint(0, config.sft_jump)
             if config.positions == "reprefill":
                 layouts.append(unroll(trajectory))
+            elif config.positions == "compact":
+                layouts.append(compacted(trajectory))
             else:
                 behind = trajectory.position_ids >= trajectory.spans[0].stop
                 shifted = trajectory.position_ids + jump * behind
                 layouts.append(trajectory.replaced(position_ids=shifted))
             rewards.append(reward)
         rows, returns = _pack(layouts, rewards, learner)
-        count = sum(len(row.where) for row in rows)
+        weights = [weights_of(row.layout)[row.layout.loss_mask] for row in rows]
+        total = sum(float(weight.sum(dtype=torch.float64)) for weight in weights)
 
         def loss_of(
             row: PackedRow,
             log_probs: Tensor,
             entropy: Tensor,
             values: Tensor | None,
-            count: int = count,
+            total: float = total,
             returns: Tensor = returns,
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = -log_probs.sum() / count
+            weight = weights_of(row.layout)[row.layout.loss_mask]
+            mask = torch.ones_like(log_probs, dtype=torch.bool)
+            loss = -masked_mean(log_probs, mask, denominator=total, weights=weight)
             if values is None:
                 return loss, {}
-            mask = torch.ones_like(values, dtype=torch.bool)
             target = returns[row.where]
-            error = value_loss(values, values, target, mask, denominator=count, clip=None)
+            error = value_loss(
+                values, values, target, mask, denominator=total, clip=None, weights=weight
+            )
             return loss + error, {"value_loss": error}
 
         falling = 1 - 0.9 * step / max(config.sft_steps - 1, 1)

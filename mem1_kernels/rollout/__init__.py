@@ -5,6 +5,7 @@ that reproduces it, `collate` packs rollouts for a trainer, and `score` gives th
 trainer will see: equal to those that were sampled from, up to rounding.
 
     HFEngine(model)                                             pruned cache, in this process
+    HFEngine(model, positions="compact")                        its gaps closed at every boundary
     HFEngine(model, positions="reprefill")                      the live text sent again every turn
     ServerEngine("http://127.0.0.1:8000/v1", name, tokenizer)   vLLM or SGLang
 """

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
-from mem1_kernels.retention import Retention, mem1
-from mem1_kernels.trajectory import Layout, Positions, Trajectory
+from mem1_kernels.retention import GENERATED, Retention, Segment, mem1
+from mem1_kernels.trajectory import Layout, Positions, Trajectory, compacted
 from mem1_kernels.tree import unroll
 
 
@@ -68,7 +69,52 @@ class Rollout:
     @property
     def layout(self) -> Layout:
         """The layout whose forward pass computes what this rollout computed."""
-        return self.trajectory if self.positions == "kept" else unroll(self.trajectory)
+        if self.positions == "reprefill":
+            return unroll(self.trajectory)
+        return self.trajectory if self.positions == "kept" else compacted(self.trajectory)
+
+    @property
+    def sampled(self) -> Tensor:
+        """bool `[tokens]`: the tokens that the policy sampled, in the loss or not."""
+        segments = self.trajectory.segments
+        counts = torch.tensor([segment.num_tokens for segment in segments])
+        return torch.tensor([s.role in GENERATED for s in segments]).repeat_interleave(counts)
+
+    def relabelled(self, label: Callable[[Sequence[Segment]], Sequence[Segment]]) -> Rollout:
+        """This rollout with other tokens in the loss, or with other weights.
+
+        For what shows only afterwards: an attempt that was rejected, a summary that counts double.
+
+        Args:
+            label: the segments -> the same, each with its `trainable` and `weight`.
+
+        Raises:
+            TypeError: what `label` returns is no sequence of segments.
+            ValueError: they differ in more than `trainable` and `weight`.
+
+        >>> trajectory = Trajectory([Segment("prompt", [1]), Segment("state", [2], 1),
+        ...                          Segment("action", [3], 1)])
+        >>> rollout = Rollout(trajectory, torch.zeros(3), "kept", 3, [])
+        >>> def actions(segments):
+        ...     return [replace(s, trainable=s.role == "action") for s in segments]
+        >>> rollout.relabelled(actions).trajectory.loss_mask.tolist()
+        [False, False, True]
+        """
+        segments = self.trajectory.segments
+        labelled = list(label(segments))
+        for segment in labelled:
+            if not isinstance(segment, Segment):
+                raise TypeError(f"label: expected Segments, got {type(segment).__name__}")
+        same = [
+            replace(new, trainable=old.trainable, weight=old.weight) == old
+            for new, old in zip(labelled, segments, strict=False)
+        ]
+        if len(labelled) != len(segments) or not all(same):
+            raise ValueError(
+                f"label: expected the same {len(segments)} segments with other `trainable` and "
+                f"`weight`, got {len(labelled)}, of which {sum(same)} are the same"
+            )
+        return replace(self, trajectory=Trajectory(labelled, self.trajectory.retention))
 
 
 Respond: TypeAlias = Callable[[Sequence[Turn]], Sequence["Sequence[int] | None"]]
@@ -85,7 +131,7 @@ class Generation:
 
     Args:
         retention: which segment drops which. What it says of the past must not change as segments
-            are added, and it must drop between turns, not inside one; both are checked.
+            are added, and it must drop between turns, or inside one at a mark; both are checked.
         max_turns: number of turns after which a row ends.
         max_new_tokens: number of tokens after which a turn is cut (its `closed` is False then).
         stop_ids: token ids that end a turn; they belong to it.
@@ -96,11 +142,18 @@ class Generation:
             are written. For a turn that opens a branch, return `turn.depth + 1`; for one that
             returns from it, `turn.depth - 1`: its observation is what the branch reports.
             Default: all at depth 0.
+        mark: what was written since the last mark of a turn -> the name of the segment that ends
+            with it, or None: it goes on. Asked after every token. A segment that ends at a mark is
+            a state of that name, and the policy may drop at a mark, inside the turn. What is behind
+            the last mark is state and action as `state_tokens` says. Default: no marks.
+        info_name: the name (`Segment.name`) of the observation behind a turn, such as that of its
+            tool. Asked before `depth`. Default: "".
         temperature: of sampling. 0 is greedy; log-probs are then those at temperature 1.
         seed: of sampling. None: torch's default generator, or the server's own choice.
 
     Raises:
-        TypeError: stops that are not integers or strings, a retention that is not a function.
+        TypeError: stops that are not integers or strings; a retention, `state_tokens`, `depth`,
+            `mark` or `info_name` that is not a function; a number of another type.
         ValueError: an argument out of its range.
 
     >>> Generation(max_turns=4, stop_ids=[3]).stop_ids
@@ -114,17 +167,29 @@ class Generation:
     stop_strings: Sequence[str] = ()
     state_tokens: Callable[[list[int]], int] | None = None
     depth: Callable[[Turn], int] | None = None
+    mark: Callable[[list[int]], str | None] | None = None
+    info_name: Callable[[Turn], str] | None = None
     temperature: float = 1.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.retention):
             raise TypeError(f"retention: expected a function such as mem1, got {self.retention!r}")
+        for name in ("state_tokens", "depth", "mark", "info_name"):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: expected a function or None, got {function!r}")
+        if self.seed is not None:
+            check_count("seed", self.seed, -(2**63))
+            if self.seed >= 2**64:
+                raise ValueError(f"seed: expected less than 2^64, got {self.seed}")
         check_count("max_turns", self.max_turns)
         check_count("max_new_tokens", self.max_new_tokens)
         check_temperature(self.temperature)
-        if isinstance(self.stop_strings, str):
-            raise TypeError("stop_strings: expected a sequence of strings, got one string")
+        if isinstance(self.stop_strings, str) or not isinstance(self.stop_strings, Sequence | Set):
+            one = isinstance(self.stop_strings, str)
+            got = "one string" if one else type(self.stop_strings).__name__
+            raise TypeError(f"stop_strings: expected a sequence of strings, got {got}")
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop_strings: expected strings that are not empty, got {stop!r}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mem1_kernels.hf import TrajectoryCache, patched
+from mem1_kernels.hf.patch import cache_keyword, rope_of
 from mem1_kernels.rollout.engine import (
     Generation,
     OnTokens,
@@ -31,9 +32,11 @@ class HFEngine:
         model: the model. It is patched while `run` runs and is otherwise untouched.
         tokenizer: anything with `decode(ids) -> str`, for `stop_strings` only; a Hugging Face
             tokenizer where an agent speaks text.
-        positions: "kept" prunes the cache and lets positions go on counting; "reprefill" sends the
-            live text behind the prompt again at compact positions, as an engine without pruning
-            does. `Rollout.layout` is the right training form for either.
+        positions: "kept" prunes the cache and lets positions go on counting; "compact" also turns
+            the keys that are left to positions without gaps, which stay below the peak context (a
+            RoPE of fixed frequencies; policies such as `mem1` and `keep_last`); "reprefill" sends
+            the live text behind the prompt again, without gaps, as an engine without pruning does.
+            `Rollout.layout` is the right training form for either.
         capacity: slots per cache row; `run` raises if they do not suffice. None: the cache grows.
         ordered: keep the slots' order when pruning.
 
@@ -101,16 +104,17 @@ class HFEngine:
             generator: draws the samples, in place of one that `generation.seed` makes.
 
         Raises:
-            TypeError: a prompt or a reply that is not a sequence of integers.
+            TypeError: a prompt that is not a sequence of integers.
             ValueError: no prompts or an empty one, ids outside the vocabulary, replies for another
                 number of rows, stop_strings without a tokenizer, or a policy that drops inside a
-                turn, takes back a drop, or hides with a floor what the cache still holds.
+                turn without a mark, takes back a drop, or hides with a floor what the cache still
+                holds. (A reply that cannot be used ends its row: see `run_turns`.)
             FloatingPointError: logits that are not numbers.
         """
         generation = Generation() if generation is None else generation
+        rows = open_rows(prompts, generation, self.positions, self.vocabulary)
         if generation.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings: need a tokenizer, got none")
-        rows = open_rows(prompts, generation, self.positions)
         if generator is None and generation.seed is not None:
             device = next(self.model.parameters()).device
             generator = torch.Generator(device).manual_seed(generation.seed)
@@ -130,6 +134,9 @@ class _CacheRow:
 
     pending: list[int]
     next_position: int = 0
+    written: int = 0  # tokens that were ever in the cache
+    index: Tensor = field(default_factory=lambda: torch.arange(0))  # by position: which of these
+    alive: Tensor | None = None  # by position: what the next prune leaves
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -138,6 +145,8 @@ class _CacheBackend:
 
     Drops are collected and done before the next feed, so a turn boundary costs one prune.
     """
+
+    marks = True
 
     def __init__(
         self,
@@ -149,7 +158,6 @@ class _CacheBackend:
     ) -> None:
         self.model = engine.model
         self.tokenizer = engine.tokenizer
-        self.vocabulary = engine.vocabulary
         self.generation = generation
         self.generator = generator
         self.on_tokens = on_tokens
@@ -157,8 +165,13 @@ class _CacheBackend:
         self.rows = rows
         self.held = [_CacheRow(list(row.prompt)) for row in rows]
         self.cache = TrajectoryCache(
-            self.model, batch_size=len(rows), capacity=engine.capacity, ordered=engine.ordered
+            self.model,
+            batch_size=len(rows),
+            capacity=engine.capacity,
+            ordered=engine.ordered,
+            rope=rope_of(self.model) if engine.positions == "compact" else None,
         )
+        self.keyword = cache_keyword(self.model)
         self.keep: Tensor | None = None  # bool [batch, capacity], what the next feed prunes by
         # A token holds at least one byte, so this many tokens reach behind the longest stop.
         stops = generation.stop_strings
@@ -168,6 +181,7 @@ class _CacheBackend:
         """Samples one turn in each row, all rows side by side."""
         self._feed()
         turns = {row.index: Written([], [], closed=False) for row in rows}
+        row_of = {row.index: row for row in rows}
         writing = [row.index for row in rows]
         for _ in range(self.generation.max_new_tokens):
             if not writing:
@@ -185,6 +199,9 @@ class _CacheBackend:
                 if self.on_tokens is not None:
                     self.on_tokens(index, [token])
                 turn.closed = self._stops(turn.token_ids)
+            for index in writing:
+                row = row_of[index]
+                self.drop(row, row.wrote_on(number, turns[index].token_ids))
             self._feed()
             writing = [index for index in writing if not turns[index].closed]
         return list(turns.values())
@@ -200,12 +217,15 @@ class _CacheBackend:
         held = self.held[row.index]
         if held.pending:
             self._feed()  # what was read before this drop still saw these segments
-        if row.positions == "kept":
+        if row.positions != "reprefill":
             marks = [
                 torch.full((segment.num_tokens,), not dropped)
                 for segment, dropped in zip(row.segments, row.dropped_at, strict=True)
             ]
-            self._prune(row.index, torch.cat(marks))
+            alive = torch.cat(marks)
+            if row.positions == "compact":
+                alive = alive[held.index]
+            self._prune(row.index, alive)
         else:
             # Only the prompt's keys are those of a fresh prefill; its last token is sent again too,
             # in case nothing else is and its logits are needed.
@@ -225,6 +245,8 @@ class _CacheBackend:
         if self.keep is None:
             self.keep = torch.ones_like(self.cache.position_ids, dtype=torch.bool)
         positions = self.cache.position_ids[index].clamp(0, len(alive) - 1).long()
+        if self.cache.rope is not None:
+            self.held[index].alive = alive[: len(self.held[index].index)]
         self.keep[index] = alive.to(self.keep.device)[positions]
 
     def _feed(self) -> None:
@@ -233,13 +255,11 @@ class _CacheBackend:
         if self.keep is not None:
             self.cache.prune_(keep=self.keep)
             self.keep = None
-        for index, held in enumerate(self.held):
-            ids = held.pending
-            if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
-                raise ValueError(
-                    f"row {index}: expected token ids from 0 to {self.vocabulary - 1}, "
-                    f"got {min(ids)} to {max(ids)}"
-                )
+            for held in self.held:
+                if held.alive is not None:
+                    held.index = held.index[held.alive]
+                    held.next_position = len(held.index)
+                    held.alive = None
         counts = torch.tensor([len(held.pending) for held in self.held])
         width = int(counts.max())
         if width == 0:
@@ -256,15 +276,18 @@ class _CacheBackend:
         logits = self.model(
             input_ids=token_ids.to(self.device),
             position_ids=positions.to(self.device),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=last.to(self.device),
+            **{self.keyword: self.cache},
         ).logits.float()
         lengths = self.cache.lengths.tolist()
         for index, (row, held) in enumerate(zip(self.rows, self.held, strict=True)):
             if held.pending:
                 held.logits = logits[index, where[index]]
                 held.next_position += len(held.pending)
+                added = torch.arange(held.written, held.written + len(held.pending))
+                held.index = torch.cat([held.index, added])
+                held.written += len(held.pending)
                 held.pending = []
                 row.peak_context = max(row.peak_context, lengths[index])
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from mem1_kernels._secrets import Mask, public_address, secrets_of
-from mem1_kernels._text import valid_text
+from mem1_kernels._clock import Clock
+from mem1_kernels._secrets import Mask, origin_of, public_address, secrets_of
+from mem1_kernels._text import error_text, valid_text
 from mem1_kernels.rollout.engine import (
     EngineError,
     Generation,
@@ -22,6 +23,8 @@ from mem1_kernels.rollout.engine import (
     eos_ids,
 )
 from mem1_kernels.rollout.loop import RolloutRow, Written, open_rows, run_turns
+
+_MOST_IDS = 2**31
 
 
 class ServerEngine:
@@ -40,7 +43,9 @@ class ServerEngine:
         tokenizer: the model's tokenizer, for prompts and observations; None for token ids only.
         api_key: sent to the server. Default: the environment variable OPENAI_API_KEY.
         timeout: seconds for a connection and for each read of a reply.
-        turn_timeout: seconds for all of a turn, however steadily the reply trickles in.
+        turn_timeout: seconds per attempt at a turn, from the connection to the last byte, however
+            steadily they trickle in. A turn takes at most `retries + 1` times as long, and the
+            pauses between attempts.
         max_bytes: the most bytes of a reply. Compressed replies are not asked for, and refused.
         retries: further attempts after a lost connection, a time-out, or a status that may pass.
         workers: how many rows are generated at once.
@@ -69,11 +74,11 @@ class ServerEngine:
             raise ImportError(
                 "openai is not installed (`pip install mem1-kernels[agent]`)"
             ) from error
+        origin_of("base_url", base_url)
         self.address = public_address(base_url)
-        if not base_url.startswith(("http://", "https://")):
-            got = self.address
-            raise ValueError(f"base_url: expected an address like http://…/v1, got {got!r}")
         for name, value in (("timeout", timeout), ("turn_timeout", turn_timeout)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name}: expected seconds, got {value!r}")
             if not value > 0:
                 raise ValueError(f"{name}: expected more than 0 seconds, got {value}")
         check_count("max_bytes", max_bytes)
@@ -90,13 +95,20 @@ class ServerEngine:
         # No redirects: the key and the prompts go to this origin only.
         self._httpx = httpx = _httpx_of(openai)
         transport = _limited(httpx, turn_timeout, max_bytes)
-        self._client = openai.OpenAI(
-            base_url=base_url,
-            api_key=key or "none",
-            timeout=timeout,
-            max_retries=retries,
-            http_client=httpx.Client(transport=transport, timeout=timeout),
-        )
+        try:
+            self._client = openai.OpenAI(
+                base_url=base_url,
+                api_key=key or "none",
+                timeout=timeout,
+                max_retries=retries,
+                http_client=httpx.Client(transport=transport, timeout=timeout),
+            )
+        except (httpx.InvalidURL, ValueError):
+            fits = False
+        else:
+            fits = True
+        if not fits:  # outside of except: the context of an exception would show the address
+            raise ValueError(f"base_url: expected a valid address, got {self.address!r}")
 
     def error(self, problem: str) -> EngineError:
         """An error that names the server, without keys and passwords in any spelling."""
@@ -112,15 +124,15 @@ class ServerEngine:
     ) -> list[Rollout]:
         """One rollout per prompt, in order.
 
-        A row that the server cannot go on with (its context is too long, its request timed out)
-        ends with its error, and the others go on.
+        A row that the server cannot go on with (its context is too long, its request timed out, its
+        reply cannot be used) ends with its error, and the others go on.
 
         Raises:
             EngineError: the server writes the first turn of no row: it is not there, it refuses, or
                 it sends no token ids or log-probs.
             ValueError: no prompts or an empty one, or a policy that no server can follow.
         """
-        rows = open_rows(prompts, generation, "reprefill")
+        rows = open_rows(prompts, generation, "reprefill", self.vocabulary)
         with ThreadPoolExecutor(min(self.workers, len(rows))) as pool:
             backend = _ServerBackend(self, generation, on_tokens, pool)
             return run_turns(rows, backend, respond, generation)
@@ -159,6 +171,31 @@ class _ServerBackend:
         return list(self.pool.map(complete, rows))
 
     def _complete(self, context: list[int], row: int, number: int) -> Written:
+        engine = self.engine
+        written = Written([], [], closed=False)
+        finish: Any = None
+        for part in self._parts(context, row, number):
+            written.token_ids += part.token_ids
+            written.log_probs += part.log_probs
+            finish = part.finish or finish
+            if self.on_tokens is not None and part.token_ids:
+                self.on_tokens(row, part.token_ids)
+        if finish not in ("stop", "length"):
+            raise engine.error(
+                f"expected a turn that ends by stop or length, got finish_reason {finish!r}"
+            )
+        if not written.token_ids:
+            raise engine.error("expected at least one token, got none")
+        if len(written.token_ids) > self.generation.max_new_tokens:
+            raise engine.error(
+                f"expected at most {self.generation.max_new_tokens} tokens, "
+                f"got {len(written.token_ids)}"
+            )
+        written.closed = finish == "stop"
+        return written
+
+    def _parts(self, context: list[int], row: int, number: int) -> Iterator[_Part]:
+        """The parts of a reply, one unless it is streamed; every failure is an EngineError."""
         import openai
 
         engine, generation = self.engine, self.generation
@@ -168,8 +205,6 @@ class _ServerBackend:
             options["stop"] = list(generation.stop_strings)
         if generation.seed is not None:
             options["seed"] = (generation.seed * 1_000_003 + row * 1009 + number) % 2**31
-        written = Written([], [], closed=False)
-        finish = ""
         stream = self.on_tokens is not None
         try:
             reply: Any = engine._client.completions.create(
@@ -190,47 +225,39 @@ class _ServerBackend:
                 },
                 **options,
             )
-            for part in reply if stream else [reply]:
-                choices = getattr(part, "choices", None)
-                if choices is None:
-                    raise engine.error(f"expected a completion, got {type(part).__name__}")
-                for choice in choices:
-                    fresh, log_probs = self._read(choice, context)
-                    written.token_ids += fresh
-                    written.log_probs += log_probs
-                    finish = choice.finish_reason or finish
-                    if self.on_tokens is not None and fresh:
-                        self.on_tokens(row, fresh)
-        except openai.APITimeoutError:
+            for content in reply if stream else [reply]:
+                yield self._read(content, context)
+        except EngineError:
+            raise
+        except (openai.APITimeoutError, httpx.TimeoutException):
             raise engine.error("no answer in time") from None
         except openai.APIConnectionError as error:
             raise engine.error(f"no connection ({error.__cause__})") from None
         except openai.APIStatusError as error:
             raise engine.error(f"status {error.status_code}: {error.message}") from None
-        except httpx.TimeoutException:
-            raise engine.error("no answer in time") from None
-        except (openai.OpenAIError, httpx.HTTPError, ValueError, RecursionError) as error:
-            raise engine.error(f"{type(error).__name__}: {error}") from None
-        if finish not in ("stop", "length"):
-            raise engine.error(
-                f"expected a turn that ends by stop or length, got finish_reason {finish!r}"
-            )
-        if not written.token_ids:
-            raise engine.error("expected at least one token, got none")
-        written.closed = finish == "stop"
-        return written
+        except Exception as error:  # whatever openai makes of an odd reply
+            raise engine.error(error_text(error)) from None
 
-    def _read(self, choice: Any, context: list[int]) -> tuple[list[int], list[float]]:
-        """The ids and log-probs that a reply, or a part of a streamed one, brings."""
+    def _read(self, content: Any, context: list[int]) -> _Part:
+        """What a reply, or a part of a streamed one, brings."""
         engine = self.engine
+        choices = getattr(content, "choices", None)
+        if not isinstance(choices, list):
+            raise engine.error(f"expected a completion, got {type(content).__name__}")
+        if not choices and self.on_tokens is not None:
+            return _Part([], [], None)  # such as one that counts the tokens of a stream
+        if len(choices) != 1:
+            raise engine.error(f"expected 1 choice, got {len(choices)}")
+        choice = choices[0]
         sent = getattr(choice, "prompt_token_ids", None)
-        if sent is not None and list(sent) != context:
+        if sent is not None and sent != context:
+            got = f"{len(sent)} tokens" if isinstance(sent, list) else type(sent).__name__
             raise engine.error(
-                f"the prompt was changed there: sent {len(context)} tokens, it read {len(sent)}"
+                f"the prompt was changed there: sent {len(context)} tokens, it read {got}"
             )
-        ids = list(getattr(choice, "token_ids", None) or ())
-        log_probs = list(getattr(choice.logprobs, "token_logprobs", None) or ())
-        if not ids and choice.text:
+        ids = self._listed("token_ids", choice)
+        log_probs = self._listed("token_logprobs", getattr(choice, "logprobs", None))
+        if not ids and getattr(choice, "text", None):
             raise engine.error(
                 "it answers in text only; the engine needs a server that knows return_token_ids "
                 "(vLLM 0.10.2 or newer, a recent SGLang)"
@@ -239,7 +266,27 @@ class _ServerBackend:
             raise engine.error(
                 f"expected a log-prob for each of {len(ids)} tokens, got {len(log_probs)}"
             )
-        return ids, log_probs
+        for token, log_prob in zip(ids, log_probs, strict=True):
+            if type(token) is not int or not 0 <= token < _MOST_IDS:
+                raise engine.error(f"expected token ids, got {token!r:.80}")
+            if type(log_prob) not in (int, float) or not math.isfinite(log_prob):
+                raise engine.error(f"expected finite log-probs, got {log_prob!r:.80}")
+        return _Part(ids, log_probs, getattr(choice, "finish_reason", None))
+
+    def _listed(self, name: str, part: Any) -> list[Any]:
+        """A list of a reply; an empty one where it is null or missing."""
+        values = getattr(part, name, None)
+        if values is not None and not isinstance(values, list):
+            raise self.engine.error(f"expected a list of {name}, got {values!r:.80}")
+        return values or []
+
+
+class _Part(NamedTuple):
+    """What a reply, or a part of a streamed one, brings."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish: Any
 
 
 def _httpx_of(openai: Any) -> Any:
@@ -249,39 +296,55 @@ def _httpx_of(openai: Any) -> Any:
 
 
 def _limited(httpx: Any, seconds: float, max_bytes: int) -> Any:
-    """A transport with a limit on the time and the bytes of each reply."""
-    transport = httpx.HTTPTransport()
+    """A transport with a limit on the time and the bytes of each exchange."""
+    # A connection serves one request, so that the clock can end it.
+    transport = httpx.HTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
 
     class Limited(httpx.BaseTransport):
         def handle_request(self, request: Any) -> Any:
-            deadline = time.monotonic() + seconds
             request.headers["accept-encoding"] = "identity"
-            response = transport.handle_request(request)
+            clock = Clock(seconds)
+            request.extensions = {**request.extensions, "trace": clock.trace}
+            try:
+                response = transport.handle_request(request)
+            except BaseException as error:
+                clock.stop()
+                raise late(clock, error) from None
+            response.stream = Stream(response.stream, clock)
             if response.headers.get("content-encoding", "identity") != "identity":
                 response.close()
                 raise httpx.RemoteProtocolError("expected a reply that is not compressed")
-            response.stream = Stream(response.stream, deadline)
             return response
 
         def close(self) -> None:
             transport.close()
 
     class Stream(httpx.SyncByteStream):
-        def __init__(self, stream: Any, deadline: float) -> None:
+        def __init__(self, stream: Any, clock: Clock) -> None:
             self.stream = stream
-            self.deadline = deadline
+            self.clock = clock
 
         def __iter__(self) -> Iterator[bytes]:
             size = 0
-            for part in self.stream:
-                size += len(part)
-                if size > max_bytes:
-                    raise httpx.RemoteProtocolError(f"expected at most {max_bytes} bytes")
-                if time.monotonic() > self.deadline:
-                    raise httpx.ReadTimeout(f"no whole reply within {seconds} s")
-                yield part
+            try:
+                for part in self.stream:
+                    size += len(part)
+                    if size > max_bytes:
+                        raise httpx.RemoteProtocolError(f"expected at most {max_bytes} bytes")
+                    yield part
+            except httpx.HTTPError as error:
+                raise late(self.clock, error) from None
+            if self.clock.expired:  # a reply without a length seems to end where it was cut
+                raise late(self.clock, None)
 
         def close(self) -> None:
+            self.clock.stop()
             self.stream.close()
+
+    def late(clock: Clock, error: BaseException | None) -> BaseException:
+        """What to raise for `error`: a time-out, where the clock caused it."""
+        if error is None or (clock.expired and isinstance(error, httpx.HTTPError)):
+            return httpx.ReadTimeout(f"no whole reply within {seconds:g} s")
+        return error
 
     return Limited()

@@ -27,7 +27,8 @@ def collate(
         positions: the form that the trainer is set up for, to be held against the rollouts'.
 
     Returns:
-        The layout and its sampled log-probs, float32 `[tokens]` (0 where nothing was sampled).
+        The layout and its sampled log-probs, float32 `[tokens]`: 0 outside the loss, and NaN where
+        a token in the loss was not sampled (`Segment.trainable` of an info), as it has none.
 
     Raises:
         TypeError: something that is not a Rollout or a sequence of them.
@@ -56,12 +57,13 @@ def collate(
             for item in rollouts
         ]
     )
-    sampled = torch.cat([rollout.log_probs for rollout in flat])[layout.source]
+    log_probs = [r.log_probs.masked_fill(~r.sampled, torch.nan) for r in flat]
+    sampled = torch.cat(log_probs)[layout.source]
     return layout, sampled.masked_fill(~layout.loss_mask, 0)
 
 
 def score(model: Any, layout: Layout, *, temperature: float = 1.0) -> Tensor:
-    """Log-probs of a layout's generated tokens in one masked forward pass; differentiable.
+    """Log-probs of a layout's tokens in the loss in one masked forward pass; differentiable.
 
     Args:
         model: a transformers causal LM, patched for the call if it is not.
@@ -69,7 +71,7 @@ def score(model: Any, layout: Layout, *, temperature: float = 1.0) -> Tensor:
         temperature: the rollout's (0 counts as 1, as there).
 
     Returns:
-        float32 `[tokens]`, 0 where nothing was generated.
+        float32 `[tokens]`, 0 where `layout.loss_mask` is False.
 
     Raises:
         ValueError: the layout has no token ids, or a generated token that nothing predicts; a

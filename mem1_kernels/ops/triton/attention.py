@@ -46,9 +46,44 @@ def _shape(head_dim: int, chunks: tuple[int, int]) -> dict[str, Any]:
     return {"TILE": TILE, "HEAD_DIM": head_dim, "D0": chunks[0], "D1": chunks[1]}
 
 
-def _flags(query: Tensor, key: Tensor, floor: Tensor | None, softcap: float) -> dict[str, Any]:
+def _in_reach(x: Tensor) -> Tensor:
+    """x [batch, tokens, heads, head_dim], or a copy where 32-bit offsets are too short for it.
+
+    Inside a tile of 128 rows, and from head to head, the kernels add unsigned 32-bit offsets.
+    """
+    _, token_stride, head_stride, last = x.stride()
+    widest = max(TILE * token_stride + x.shape[3], head_stride)
+    return x if last == 1 and widest < 2**32 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Those of batch, tokens and heads; 0 for a dimension of size 1, whose stride says nothing."""
+    dims = range(3)
+    return [x.stride(dim) if x.shape[dim] > 1 else 0 for x in tensors for dim in dims]
+
+
+def _alignment(strides: list[int]) -> int:
+    """The largest power of two up to 16 that divides them all."""
+    return math.gcd(16, *strides)
+
+
+def _grid(lanes: int, blocks: int) -> tuple[int, int]:
+    """Lanes (batch and head) by blocks of tokens.
+
+    Raises:
+        ValueError: more blocks than the second dimension of a grid has.
+    """
+    if blocks > 65535:
+        raise ValueError(f"tokens: expected at most 65,535 blocks of a GPU kernel, got {blocks}")
+    return lanes, blocks
+
+
+def _flags(
+    query: Tensor, key: Tensor, floor: Tensor | None, softcap: float, align: int
+) -> dict[str, Any]:
     return {
         "GROUP": query.shape[2] // key.shape[2],
+        "ALIGN": align,
         "HAS_FLOOR": floor is not None,
         "HAS_SOFTCAP": softcap != 0.0,
     }
@@ -76,8 +111,10 @@ def forward(
     batch, tokens, heads, head_dim = query.shape
     out = query.new_empty(batch, tokens, heads, head_dim)
     lse = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    query, key, value = (_in_reach(x) for x in (query, key, value))
+    strides = _strides(query, key, value)
     config = _config("fwd", query)
-    grid = (batch * heads, -(-tokens // TILE) * (TILE // config.block_m))
+    grid = _grid(batch * heads, -(-tokens // TILE) * (TILE // config.block_m))
     kernels._fwd_kernel[grid](
         query,
         key,
@@ -87,16 +124,15 @@ def forward(
         expiry,
         floor,
         *rows,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
+        *strides,
         heads,
         tokens,
         int(expiry.shape[0] > 1),
         *_score_factors(scale, softcap),
-        **_flags(query, key, floor, softcap),
+        **_flags(query, key, floor, softcap, _alignment(strides)),
         **_shape(head_dim, configs.head_chunks(head_dim)),
         **_blocks(config),
+        PIPELINED=config.pipelined,
         **_options(config),
     )
     return out, lse
@@ -126,8 +162,7 @@ def backward(
     batch, tokens, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     n = -(-tokens // TILE)
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
+    query, key, value, grad_out = (_in_reach(x) for x in (query, key, value, grad_out))
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     _, col_offsets, col_partial, col_tiles, *items, col_first_slot, col_slots = columns
@@ -138,25 +173,27 @@ def backward(
     work = [lse.new_empty(batch, kv_heads, slots, TILE, head_dim) for _ in range(2)]
     plan_step = int(expiry.shape[0] > 1)
     pre, post = _score_factors(scale, softcap)
-    flags = _flags(query, key, floor, softcap)
     shape = _shape(head_dim, configs.head_chunks(head_dim))
     inputs = (query, key, value, grad_out)
-    strides = [stride for x in inputs for stride in x.stride()[:3]]
+    strides = _strides(*inputs)
+    align = _alignment(strides)
+    flags = _flags(query, key, floor, softcap, align)
 
     def preprocess() -> None:
         """The LSE to base 2, and delta, for both passes."""
         config = _config("preprocess", query)
-        kernels._bwd_preprocess_kernel[batch * heads, n * (TILE // config.block_m)](
+        kernels._bwd_preprocess_kernel[_grid(batch * heads, n * (TILE // config.block_m))](
             out,
             grad_out,
             lse,
             grad_lse,
             lse2,
             delta,
-            *grad_out.stride()[:3],
+            *strides[9:],
             heads,
             tokens,
             HAS_GRAD_LSE=grad_lse is not None,
+            ALIGN=align,
             **shape,
             BLOCK_M=config.block_m,
             **_options(config),
@@ -167,7 +204,7 @@ def backward(
         config = _config("dkdv", query)
         chunks, accumulated = configs.dkdv_chunks(head_dim)
         for chunk in accumulated:
-            kernels._bwd_dkdv_kernel[batch * kv_heads, 2 * n * (TILE // config.block_n)](
+            kernels._bwd_dkdv_kernel[_grid(batch * kv_heads, 2 * n * (TILE // config.block_n))](
                 *inputs,
                 lse2,
                 delta,
@@ -197,7 +234,7 @@ def backward(
     def split_columns() -> None:
         """The sums of the pieces, in a fixed order."""
         config = _config("sum", query)
-        kernels._bwd_sum_kernel[batch * kv_heads, n * (TILE // config.block_n)](
+        kernels._bwd_sum_kernel[_grid(batch * kv_heads, n * (TILE // config.block_n))](
             *work,
             grad_key,
             grad_value,
@@ -214,7 +251,7 @@ def backward(
     def queries() -> None:
         """dQ."""
         config = _config("dq", query)
-        kernels._bwd_dq_kernel[batch * heads, n * (TILE // config.block_m)](
+        kernels._bwd_dq_kernel[_grid(batch * heads, n * (TILE // config.block_m))](
             *inputs,
             lse2,
             delta,

@@ -19,11 +19,14 @@ class Config(NamedTuple):
     block_n: int
     """Keys in a block."""
     part: int
-    """Tokens that the inner side takes a step in partial tiles, where masks need registers too."""
+    """Tokens of the inner side per step in partial tiles, where masks need registers too."""
     num_warps: int
     """At most block / 16 of the outer side, or the tensor cores compute the same rows twice."""
     num_stages: int
     """Steps that loads run ahead, plus one."""
+    pipelined: bool = False
+    """Forward only: a block's weights are made while the tensor cores multiply the block before.
+    `part` must be `block_n`, since partial and full tiles share the pipeline."""
 
 
 Passes = dict[str, list[Config]]
@@ -33,12 +36,25 @@ Table = dict[int, Passes]
 
 HOPPER_16_BIT: Table = {
     64: {
-        "fwd": [Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 3)],
-        "dkdv": [Config(64, 128, 32, 8, 3), Config(64, 128, 32, 8, 2)],
+        "fwd": [
+            Config(128, 64, 64, 8, 4, pipelined=True),
+            Config(128, 64, 64, 8, 3, pipelined=True),
+            Config(128, 128, 64, 8, 3),
+            Config(128, 64, 64, 8, 3),
+            Config(64, 64, 64, 4, 3),
+        ],
+        "dkdv": [Config(128, 128, 64, 8, 2), Config(64, 128, 32, 8, 2)],
         "dq": [Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)],
     },
     128: {
-        "fwd": [Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)],
+        "fwd": [
+            Config(128, 64, 64, 8, 4, pipelined=True),
+            Config(128, 64, 64, 8, 3, pipelined=True),
+            Config(128, 64, 64, 8, 2, pipelined=True),
+            Config(128, 128, 64, 8, 3),
+            Config(128, 128, 64, 8, 2),
+            Config(128, 64, 64, 8, 3),
+        ],
         "dkdv": [Config(64, 128, 32, 8, 2), Config(32, 128, 32, 8, 3)],
         "dq": [Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)],
     },
@@ -54,7 +70,7 @@ HOPPER_16_BIT: Table = {
     },
 }
 
-# Within the 99 KiB a block of the smallest GPUs since Ampere has.
+# These fit in the 99 KiB of shared memory per block of the smallest GPUs since Ampere.
 OTHERS_16_BIT: Table = {
     128: {
         "fwd": [Config(64, 64, 32, 4, 2)],
@@ -107,7 +123,7 @@ def candidates(pass_name: str, generation: int, head_dim: int, itemsize: int) ->
         itemsize: bytes of the inputs' dtype, 2 or 4.
 
     >>> candidates("fwd", 9, 128, 2)[0]
-    Config(block_m=128, block_n=128, part=64, num_warps=8, num_stages=3)
+    Config(block_m=128, block_n=64, part=64, num_warps=8, num_stages=4, pipelined=True)
     """
     if pass_name in ("preprocess", "sum"):
         return [STREAMING]

@@ -28,6 +28,27 @@ def _offsets(rows, stride, d):
 
 
 @triton.jit
+def _aligned(strides, ALIGN: tl.constexpr):
+    """The strides, which are multiples of ALIGN, so that the compiler sees it and loads in vectors.
+
+    Unasked it sees 16 alone; a head_dim of 72 has strides that are multiples of 8.
+    """
+    if ALIGN == 16:
+        return strides
+    else:
+        out = ()
+        for i in tl.static_range(len(strides)):
+            out = out + (strides[i] // ALIGN * ALIGN,)
+        return out
+
+
+@triton.jit
+def _row(ptr, row, stride):
+    """Address of a row: one wide multiplication of two unsigned 32-bit numbers."""
+    return ptr + row.to(tl.uint32).to(tl.uint64) * tl.cast(stride, tl.uint32).to(tl.uint64)
+
+
+@triton.jit
 def _load_chunk(ptrs, keep, in_head, PADDED: tl.constexpr):
     if keep is None:
         if PADDED:
@@ -141,9 +162,11 @@ def _next_tile(tiles_ptr, step, count, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _fwd_step(q, k, v, acc, m, z, pre, post, seen, HAS_SOFTCAP: tl.constexpr):
-    """One block of keys into the running maximum m (log2 units), sum z and output of each row."""
-    y = _scores(q, k, pre, HAS_SOFTCAP)
+def _weights(y, m, z, post, seen):
+    """A block of scores into weights, and into each row's maximum m (log2 units) and sum z.
+
+    Returns the weights, the factor by which what the row has so far shrinks, m and z.
+    """
     if seen is not None:
         y = tl.where(seen, y, float("-inf"))
     m_new = tl.maximum(m, tl.max(y, 1) * post)
@@ -152,8 +175,14 @@ def _fwd_step(q, k, v, acc, m, z, pre, post, seen, HAS_SOFTCAP: tl.constexpr):
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(y * post - base[:, None])
     shrink = tl.exp2(m - base)
-    z = z * shrink + tl.sum(p, 1)
-    return _add_dot(_scaled(acc, shrink[:, None]), p, v), m_new, z
+    return p, shrink, m_new, z * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def _fwd_step(q, k, v, acc, m, z, pre, post, seen, HAS_SOFTCAP: tl.constexpr):
+    """One block of keys into the maximum m, the sum z and the output of each row."""
+    p, shrink, m, z = _weights(_scores(q, k, pre, HAS_SOFTCAP), m, z, post, seen)
+    return _add_dot(_scaled(acc, shrink[:, None]), p, v), m, z
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "plan_step"])
@@ -184,6 +213,7 @@ def _fwd_kernel(
     pre,
     post,
     GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
@@ -193,8 +223,12 @@ def _fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PART: tl.constexpr,
+    PIPELINED: tl.constexpr,
 ):
     """BLOCK_M queries of one head; programs go by work first, then by head."""
+    stride_qb, stride_qt, stride_qh = _aligned((stride_qb, stride_qt, stride_qh), ALIGN)
+    stride_kb, stride_kt, stride_kh = _aligned((stride_kb, stride_kt, stride_kh), ALIGN)
+    stride_vb, stride_vt, stride_vh = _aligned((stride_vb, stride_vt, stride_vh), ALIGN)
     SUB_M: tl.constexpr = TILE // BLOCK_M
     SUB_N: tl.constexpr = TILE // BLOCK_N
     SUB_PART: tl.constexpr = TILE // PART
@@ -213,7 +247,7 @@ def _fwd_kernel(
     partial = tl.load(row_partial_ptr + plan * n + row)
     row_tiles_ptr += plan * (n.to(tl.int64) * (n + 1) // 2) + begin
     expiry_ptr += plan * tokens
-    q_ptr += b * stride_qb + h * stride_qh + first.to(tl.int64) * stride_qt
+    q_ptr = _row(q_ptr + b * stride_qb + h * stride_qh, first, stride_qt)
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh
 
@@ -229,24 +263,55 @@ def _fwd_kernel(
 
     tile = _next_tile(row_tiles_ptr, 0, count, 1)
     offs_p = tl.arange(0, PART)
+    if PIPELINED:
+        p = tl.zeros([BLOCK_M, PART], tl.float32)
+        shrink = tl.full([BLOCK_M], 1.0, tl.float32)
+        last, alive = first, offs_p < 0
     for step in tl.range(0, partial * SUB_PART):
         start = tile * TILE + step % SUB_PART * PART
         tile = _next_tile(row_tiles_ptr, step + 1, count, SUB_PART)
         keys = start + offs_p
         expiry = tl.load(expiry_ptr + keys, mask=keys < tokens, other=0)
-        k_block = k_ptr + start.to(tl.int64) * stride_kt
-        v_block = v_ptr + start.to(tl.int64) * stride_vt
+        k_block = _row(k_ptr, start, stride_kt)
         k = _load_rows(k_block, offs_p, stride_kt, expiry > keys, HEAD_DIM, D0, D1)
-        v = _load_rows(v_block, offs_p, stride_vt, expiry > keys, HEAD_DIM, D0, D1)
         seen = _visible(rows[:, None], keys[None, :], expiry[None, :], floor[:, None], HAS_FLOOR)
-        acc, m, z = _fwd_step(q, k, v, acc, m, z, pre, post, seen, HAS_SOFTCAP)
+        if PIPELINED:
+            v_block = _row(v_ptr, last, stride_vt)
+            v = _load_rows(v_block, offs_p, stride_vt, alive, HEAD_DIM, D0, D1)
+            y = _scores(q, k, pre, HAS_SOFTCAP)
+            acc = _add_dot(_scaled(acc, shrink[:, None]), p, v)
+            p, shrink, m, z = _weights(y, m, z, post, seen)
+            last, alive = start, expiry > keys
+        else:
+            v_block = _row(v_ptr, start, stride_vt)
+            v = _load_rows(v_block, offs_p, stride_vt, expiry > keys, HEAD_DIM, D0, D1)
+            acc, m, z = _fwd_step(q, k, v, acc, m, z, pre, post, seen, HAS_SOFTCAP)
+
     offs_n = tl.arange(0, BLOCK_N)
-    for step in tl.range(partial * SUB_N, count * SUB_N):
-        start = (tile * TILE + step % SUB_N * BLOCK_N).to(tl.int64)
-        tile = _next_tile(row_tiles_ptr, step + 1, count, SUB_N)
-        k = _load_rows(k_ptr + start * stride_kt, offs_n, stride_kt, None, HEAD_DIM, D0, D1)
-        v = _load_rows(v_ptr + start * stride_vt, offs_n, stride_vt, None, HEAD_DIM, D0, D1)
-        acc, m, z = _fwd_step(q, k, v, acc, m, z, pre, post, None, HAS_SOFTCAP)
+    if PIPELINED:
+        for step in tl.range(partial * SUB_N, count * SUB_N):
+            start = tile * TILE + step % SUB_N * BLOCK_N
+            tile = _next_tile(row_tiles_ptr, step + 1, count, SUB_N)
+            k_block = _row(k_ptr, start, stride_kt)
+            k = _load_rows(k_block, offs_n, stride_kt, None, HEAD_DIM, D0, D1)
+            v_block = _row(v_ptr, last, stride_vt)
+            v = _load_rows(v_block, offs_n, stride_vt, alive, HEAD_DIM, D0, D1)
+            y = _scores(q, k, pre, HAS_SOFTCAP)
+            acc = _add_dot(_scaled(acc, shrink[:, None]), p, v)
+            p, shrink, m, z = _weights(y, m, z, post, None)
+            last, alive = start, offs_n >= 0
+        v_block = _row(v_ptr, last, stride_vt)
+        v = _load_rows(v_block, offs_n, stride_vt, alive, HEAD_DIM, D0, D1)
+        acc = _add_dot(_scaled(acc, shrink[:, None]), p, v)
+    else:
+        for step in tl.range(partial * SUB_N, count * SUB_N):
+            start = tile * TILE + step % SUB_N * BLOCK_N
+            tile = _next_tile(row_tiles_ptr, step + 1, count, SUB_N)
+            k_block = _row(k_ptr, start, stride_kt)
+            v_block = _row(v_ptr, start, stride_vt)
+            k = _load_rows(k_block, offs_n, stride_kt, None, HEAD_DIM, D0, D1)
+            v = _load_rows(v_block, offs_n, stride_vt, None, HEAD_DIM, D0, D1)
+            acc, m, z = _fwd_step(q, k, v, acc, m, z, pre, post, None, HAS_SOFTCAP)
 
     # Read again, so that the addresses of the output occupy no registers during the loops.
     first = tl.load(row_order_ptr + plan * n + slot // SUB_M) * TILE + slot % SUB_M * BLOCK_M
@@ -274,6 +339,7 @@ def _bwd_preprocess_kernel(
     heads,
     tokens,
     HAS_GRAD_LSE: tl.constexpr,
+    ALIGN: tl.constexpr,
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
@@ -284,6 +350,7 @@ def _bwd_preprocess_kernel(
 
     A row that sees nothing, or stands behind the last token, gets +inf and 0.
     """
+    stride_dob, stride_dot, stride_doh = _aligned((stride_dob, stride_dot, stride_doh), ALIGN)
     lane = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK_M
     b = lane // heads
@@ -293,7 +360,7 @@ def _bwd_preprocess_kernel(
     lse = tl.load(lse_ptr + lane * tokens + rows, mask=rows < tokens, other=float("-inf"))
     sees = lse != float("-inf")
     out_ptr += ((b * tokens + first) * heads + h) * HEAD_DIM
-    do_ptr += b * stride_dob + h * stride_doh + first.to(tl.int64) * stride_dot
+    do_ptr = _row(do_ptr + b * stride_dob + h * stride_doh, first, stride_dot)
     out = _load_rows(out_ptr, offs_m, heads * HEAD_DIM, sees, HEAD_DIM, D0, D1)
     do = _load_rows(do_ptr, offs_m, stride_dot, sees, HEAD_DIM, D0, D1)
     delta = tl.zeros([BLOCK_M], tl.float32)
@@ -331,9 +398,11 @@ def _dkdv_step(
     CHUNK: tl.constexpr,
 ):
     """One block of queries into dK (before scale) and dV; scores are [keys, queries] here."""
+    # Before the products, so that the exponentials run beside the second one.
+    lse2 = tl.load(lse2_ptrs)
     y = _scores(k, q, pre, HAS_SOFTCAP)
     dp = _dot_nt(v, do)
-    p = tl.exp2(y * post - tl.load(lse2_ptrs)[None, :])
+    p = tl.exp2(y * post - lse2[None, :])
     if seen is not None:
         p = tl.where(seen, p, 0.0)
     ds = _score_grads(p, y, dp, tl.load(delta_ptrs)[None, :], HAS_SOFTCAP)
@@ -380,6 +449,7 @@ def _bwd_dkdv_kernel(
     post,
     scale,
     GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
@@ -397,6 +467,10 @@ def _bwd_dkdv_kernel(
     A whole column goes to dk and dv; a piece of a split one to work_dk and work_dv, fp32
     [batch, kv_heads, n, 128, head_dim], for `_bwd_sum_kernel`.
     """
+    stride_qb, stride_qt, stride_qh = _aligned((stride_qb, stride_qt, stride_qh), ALIGN)
+    stride_kb, stride_kt, stride_kh = _aligned((stride_kb, stride_kt, stride_kh), ALIGN)
+    stride_vb, stride_vt, stride_vh = _aligned((stride_vb, stride_vt, stride_vh), ALIGN)
+    stride_dob, stride_dot, stride_doh = _aligned((stride_dob, stride_dot, stride_doh), ALIGN)
     SUB_N: tl.constexpr = TILE // BLOCK_N
     SUB_M: tl.constexpr = TILE // BLOCK_M
     SUB_PART: tl.constexpr = TILE // PART
@@ -421,8 +495,8 @@ def _bwd_dkdv_kernel(
     col_tiles_ptr += plan * (n.to(tl.int64) * (n + 1) // 2) + begin
     q_ptr += b * stride_qb + h * GROUP * stride_qh
     do_ptr += b * stride_dob + h * GROUP * stride_doh
-    k_ptr += b * stride_kb + h * stride_kh + first.to(tl.int64) * stride_kt
-    v_ptr += b * stride_vb + h * stride_vh + first.to(tl.int64) * stride_vt
+    k_ptr = _row(k_ptr + b * stride_kb + h * stride_kh, first, stride_kt)
+    v_ptr = _row(v_ptr + b * stride_vb + h * stride_vh, first, stride_vt)
     lse2_ptr += lane * GROUP * n * TILE
     delta_ptr += lane * GROUP * n * TILE
 
@@ -447,8 +521,8 @@ def _bwd_dkdv_kernel(
         if HAS_FLOOR:
             floor = tl.load(floor_ptr + plan * tokens + rows, mask=rows < tokens, other=0)
         sees = tl.load(lse2_ptrs) != float("inf")
-        q_block = q_ptr + start.to(tl.int64) * stride_qt + g * stride_qh
-        do_block = do_ptr + start.to(tl.int64) * stride_dot + g * stride_doh
+        q_block = _row(_row(q_ptr, g, stride_qh), start, stride_qt)
+        do_block = _row(_row(do_ptr, g, stride_doh), start, stride_dot)
         q = _load_rows(q_block, offs_p, stride_qt, sees, HEAD_DIM, D0, D1)
         do = _load_rows(do_block, offs_p, stride_dot, sees, HEAD_DIM, D0, D1)
         seen = _visible(rows[None, :], keys[:, None], expiry[:, None], floor[None, :], HAS_FLOOR)
@@ -457,13 +531,13 @@ def _bwd_dkdv_kernel(
         )
     offs_m = tl.arange(0, BLOCK_M)
     for step in tl.range(partial * (SUB_M * GROUP), count * (SUB_M * GROUP)):
-        start = (tile * TILE + step // GROUP % SUB_M * BLOCK_M).to(tl.int64)
+        start = tile * TILE + step // GROUP % SUB_M * BLOCK_M
         g = step % GROUP
         tile = _next_tile(col_tiles_ptr, step + 1, count, SUB_M * GROUP)
         lse2_ptrs = lse2_ptr + (g * n * TILE + start) + offs_m
         delta_ptrs = delta_ptr + (g * n * TILE + start) + offs_m
-        q_block = q_ptr + start * stride_qt + g * stride_qh
-        do_block = do_ptr + start * stride_dot + g * stride_doh
+        q_block = _row(_row(q_ptr, g, stride_qh), start, stride_qt)
+        do_block = _row(_row(do_ptr, g, stride_doh), start, stride_dot)
         q = _load_rows(q_block, offs_m, stride_qt, None, HEAD_DIM, D0, D1)
         do = _load_rows(do_block, offs_m, stride_dot, None, HEAD_DIM, D0, D1)
         dk, dv = _dkdv_step(
@@ -594,6 +668,7 @@ def _bwd_dq_kernel(
     post,
     scale,
     GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
@@ -605,6 +680,10 @@ def _bwd_dq_kernel(
     PART: tl.constexpr,
 ):
     """dQ of BLOCK_M queries of one head; the walk is `_fwd_kernel`'s."""
+    stride_qb, stride_qt, stride_qh = _aligned((stride_qb, stride_qt, stride_qh), ALIGN)
+    stride_kb, stride_kt, stride_kh = _aligned((stride_kb, stride_kt, stride_kh), ALIGN)
+    stride_vb, stride_vt, stride_vh = _aligned((stride_vb, stride_vt, stride_vh), ALIGN)
+    stride_dob, stride_dot, stride_doh = _aligned((stride_dob, stride_dot, stride_doh), ALIGN)
     SUB_M: tl.constexpr = TILE // BLOCK_M
     SUB_N: tl.constexpr = TILE // BLOCK_N
     SUB_PART: tl.constexpr = TILE // PART
@@ -623,8 +702,8 @@ def _bwd_dq_kernel(
     partial = tl.load(row_partial_ptr + plan * n + row)
     row_tiles_ptr += plan * (n.to(tl.int64) * (n + 1) // 2) + begin
     expiry_ptr += plan * tokens
-    q_ptr += b * stride_qb + h * stride_qh + first.to(tl.int64) * stride_qt
-    do_ptr += b * stride_dob + h * stride_doh + first.to(tl.int64) * stride_dot
+    q_ptr = _row(q_ptr + b * stride_qb + h * stride_qh, first, stride_qt)
+    do_ptr = _row(do_ptr + b * stride_dob + h * stride_doh, first, stride_dot)
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh
 
@@ -647,18 +726,20 @@ def _bwd_dq_kernel(
         tile = _next_tile(row_tiles_ptr, step + 1, count, SUB_PART)
         keys = start + offs_p
         expiry = tl.load(expiry_ptr + keys, mask=keys < tokens, other=0)
-        k_block = k_ptr + start.to(tl.int64) * stride_kt
-        v_block = v_ptr + start.to(tl.int64) * stride_vt
+        k_block = _row(k_ptr, start, stride_kt)
+        v_block = _row(v_ptr, start, stride_vt)
         k = _load_rows(k_block, offs_p, stride_kt, expiry > keys, HEAD_DIM, D0, D1)
         v = _load_rows(v_block, offs_p, stride_vt, expiry > keys, HEAD_DIM, D0, D1)
         seen = _visible(rows[:, None], keys[None, :], expiry[None, :], floor[:, None], HAS_FLOOR)
         dq = _dq_step(q, do, k, v, dq, lse2, delta, pre, post, seen, HAS_SOFTCAP)
     offs_n = tl.arange(0, BLOCK_N)
     for step in tl.range(partial * SUB_N, count * SUB_N):
-        start = (tile * TILE + step % SUB_N * BLOCK_N).to(tl.int64)
+        start = tile * TILE + step % SUB_N * BLOCK_N
         tile = _next_tile(row_tiles_ptr, step + 1, count, SUB_N)
-        k = _load_rows(k_ptr + start * stride_kt, offs_n, stride_kt, None, HEAD_DIM, D0, D1)
-        v = _load_rows(v_ptr + start * stride_vt, offs_n, stride_vt, None, HEAD_DIM, D0, D1)
+        k_block = _row(k_ptr, start, stride_kt)
+        v_block = _row(v_ptr, start, stride_vt)
+        k = _load_rows(k_block, offs_n, stride_kt, None, HEAD_DIM, D0, D1)
+        v = _load_rows(v_block, offs_n, stride_vt, None, HEAD_DIM, D0, D1)
         dq = _dq_step(q, do, k, v, dq, lse2, delta, pre, post, None, HAS_SOFTCAP)
 
     # Read again, so that the addresses of dQ occupy no registers during the loops.

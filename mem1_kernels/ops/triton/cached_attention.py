@@ -49,7 +49,7 @@ def select_config(
     three programs a multiprocessor. More rows are matrix work: tiles that fill the tensor cores.
     generation: the major number of the GPU's compute capability; 9 and 10 have 227 KiB of shared
     memory, others may have 99.
-    position_dtype: of the window's positions; None: no window. int64 ones take twice the registers.
+    position_dtype: of the window's positions, which take registers; None: no window.
     """
     wide = head_dim > 128
     if dtype == torch.float32:
@@ -59,10 +59,11 @@ def select_config(
     if query_rows <= 16:
         return Config(16, 32 if wide else 64, 4, 3)
     if wide:
-        return Config(64, 64, 8, 2) if head_dim <= 192 else Config(64, 32, 8, 3)
+        narrow = head_dim > 192 or position_dtype is not None
+        return Config(64, 32, 8, 3) if narrow else Config(64, 64, 8, 2)
     if query_rows <= 64:
         return Config(64, 32, 4, 3)
-    return Config(128, 32 if position_dtype == torch.int64 else 64, 8, 3)
+    return Config(128, 64 if position_dtype is None else 32, 8, 3)
 
 
 def append_kv_(
@@ -119,6 +120,27 @@ def _shares(device: torch.device, tiles: int, batch: int, kv_heads: int) -> int:
     return max(1, shares, batch // 2 if tiles == 1 else 1)
 
 
+def _check_spread(
+    position_ids: Tensor, lengths: Tensor, counts: Tensor | None, new_tokens: int, window: int
+) -> None:
+    """The kernel compares int64 positions as int32, relative to the least one that a new token of
+    the tile sees."""
+    taken = lengths.clamp(max=new_tokens) if counts is None else counts
+    column = torch.arange(new_tokens, device=lengths.device)
+    slots = (lengths - taken)[:, None] + column
+    own = position_ids.gather(1, slots.clamp(0, position_ids.shape[1] - 1).long())
+    limits = torch.iinfo(torch.int64)
+    first = own.clamp(min=limits.min + window - 1) - (window - 1)
+    live = column < taken[:, None]
+    least = first.masked_fill(~live, limits.max).amin(1)
+    near = first <= least.clamp(max=limits.max - 2**31)[:, None] + (2**31 - 2)
+    message = "position_ids: expected the new tokens of a row less than 2^31 apart"
+    if near.is_cuda:
+        torch._assert_async((near | ~live).all(), message)
+    elif not bool((near | ~live).all()):
+        raise ValueError(f"{message}, got {own.tolist()}")
+
+
 def cached_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -139,6 +161,8 @@ def cached_attention(
     if query.is_cuda:
         generation = torch.cuda.get_device_capability(query.device)[0]
     position_dtype = None if position_ids is None else position_ids.dtype
+    if position_ids is not None and position_dtype == torch.int64 and new_tokens > 1:
+        _check_spread(position_ids, lengths, counts, new_tokens, window)
     config = select_config(query_rows, head_dim, query.dtype, generation, position_dtype)
     tiles = triton.cdiv(query_rows, config.block_m)
     shares = _shares(query.device, tiles, batch, kv_heads)
