@@ -22,26 +22,22 @@ constexpr int64_t kRegisterBytes = 1024;
 // Chunks of head_dim: 32 dimensions each, the last one padded with zeros.
 inline int head_chunks(int head_dim) { return static_cast<int>(amx_head(head_dim)) / kBlock; }
 
-// While one lives, this thread's tile registers are 16 rows of 64 bytes.
-class TileRegisters {
- public:
-  TileRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = 64;
-      config.rows[i] = 16;
-    }
-    // The intrinsic says that it reads the first eight bytes only.
-    __asm__ volatile("" ::"r"(&config) : "memory");
-    _tile_loadconfig(&config);
+// This thread's tile registers become 16 rows of 64 bytes, until _tile_release(). Not a class with
+// a destructor: a file of a SIMD level has no exception tables, whose symbols other files share.
+inline void take_tile_registers() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 8; ++i) {
+    config.row_bytes[i] = 64;
+    config.rows[i] = 16;
   }
-  ~TileRegisters() { _tile_release(); }
-  TileRegisters(const TileRegisters&) = delete;
-};
+  // The intrinsic says that it reads the first eight bytes only.
+  __asm__ volatile("" ::"r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
 
 // The intrinsics that load tile registers do not say that they read memory.
 inline void finish_stores() { __asm__ volatile("" ::: "memory"); }

@@ -597,9 +597,10 @@ void forward_block(const ForwardTile& tile, int query_block, Mask* mask, float* 
 }
 
 void forward_tile(const ForwardTile& tile, float* scratch) {
-  const TileRegisters registers;
+  take_tile_registers();
   Mask mask(tile.list, tile.tile, tile.problem.tokens);
   for (int q = 0; q * kBlock < mask.queries; ++q) forward_block(tile, q, &mask, scratch);
+  _tile_release();
 }
 
 // Dot products q.k (`scores`) and dO.v (`grads`) of a key block to P^T (left), dS^T (left) and dS^T
@@ -676,7 +677,7 @@ void backward_tile(const BackwardTile& tile, float* scratch) {
   pack_right_tokens(query_rows, head_dim, query);
   pack_right_tokens(grad_out_rows, head_dim, grad_out);
 
-  const TileRegisters registers;
+  take_tile_registers();
   const Chunks head = Chunks::first(chunks), in_order = Chunks::first(kBlocks);
   // delta = rowsum(dO * out) - dLSE by the same products as dO.v, so that the two cancel for a
   // query that sees one key.
@@ -768,6 +769,7 @@ void backward_tile(const BackwardTile& tile, float* scratch) {
     const Vec scale[2] = {splat(problem.scale), splat(problem.scale)};
     store_block(block, head_dim, scale, tile.grad_query, first_query + first, rows);
   }
+  _tile_release();
 }
 
 }  // namespace

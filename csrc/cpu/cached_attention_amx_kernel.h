@@ -99,7 +99,7 @@ void attend_few_amx(const CachedRows& unit, float* scratch) {
       _mm512_store_si512(query + chunk * 256 + i * 16, (__m512i)((IntVec)words[i] ^ flips));
   }
 
-  const TileRegisters registers;
+  take_tile_registers();
   const Sight sight(unit);
   const Exponent exponent(unit.scale, unit.softcap);
   const IntVec last = *reinterpret_cast<const IntVec*>(sight.last);
@@ -166,6 +166,7 @@ void attend_few_amx(const CachedRows& unit, float* scratch) {
                  out + d, padded);
     }
   }
+  _tile_release();
   for (int r = 0; r < unit.rows; ++r) {
     const float normalizer = sum[r] == 0 ? 0.f : 1 / sum[r];
     for (int i = 0; i < padded; ++i) {
