@@ -70,6 +70,7 @@ pybind11::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["simd_compiled"] = levels;
   info["simd"] = mem1::cpu::simd_name(mem1::cpu::simd_level());
+  info["simd_reason"] = mem1::cpu::simd_choice().reason;
   info["openmp"] = openmp;
   return info;
 }
@@ -106,5 +107,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info,
         "What this module was built from and what it uses on this CPU: a dict with sources, ops "
         "(names by backend), cuda_archs, compiler, torch (version built against), simd_compiled, "
-        "simd (the level in use) and openmp.");
+        "simd (the level in use), simd_reason and openmp.");
 }

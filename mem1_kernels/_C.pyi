@@ -8,6 +8,7 @@ class BuildInfo(TypedDict):
     torch: str
     simd_compiled: list[str]
     simd: str
+    simd_reason: str
     openmp: bool
 
 def build_info() -> BuildInfo: ...

@@ -65,7 +65,8 @@ def extension() -> dict[str, str]:
     return {
         "torch": f"built against {built['torch']}",
         "compiler": built["compiler"],
-        "SIMD": f"{built['simd']} in use, of {', '.join(built['simd_compiled'])}",
+        "SIMD": f"{built['simd']} in use ({built['simd_reason']}), "
+        f"of {', '.join(built['simd_compiled'])}",
         "threads": "OpenMP, as many as torch uses" if built["openmp"] else "one (no OpenMP)",
         "CUDA": ", ".join(built["cuda_archs"]) or "not built",
         "sources": ", ".join(built["sources"]),

@@ -73,6 +73,8 @@ def test_every_source_is_listed_once(build):
         ("csrc/cpu/attention_avx2.cpp", "avx2"),
         ("csrc/cpu/attention_avx512.cpp", "avx512"),
         ("csrc/cpu/attention_avx512bf16.cpp", "avx512bf16"),
+        ("csrc/cpu/attention_amx.cpp", "amx"),
+        ("csrc/cpu/attention_amx_kernel.h", None),
         ("csrc/cpu/attention_default.cpp", None),
         ("csrc/cpu/avx2.cpp", "avx2"),
         ("csrc/ops.cpp", None),
@@ -261,14 +263,71 @@ def test_simd_level_can_be_lowered():
     for level in _C.build_info()["simd_compiled"]:
         result = ask_extension("info['simd']", MEM1_SIMD=level)
         assert result.returncode == 0, result.stderr
-        order = ["default", "avx2", "avx512", "avx512bf16"]
+        order = ["default", "avx2", "avx512", "avx512bf16", "amx"]
         assert order.index(result.stdout.strip()) <= order.index(level)
+
+
+# Makes the Linux kernel refuse arch_prctl(ARCH_REQ_XCOMP_PERM, ...), as one without AMX does.
+REFUSE_TILE_REGISTERS = """
+import ctypes, struct
+def bpf(code, true, false, k):
+    return struct.pack("HBBI", code, true, false, k)
+load, equals, answer = 0x20, 0x15, 0x06
+program = b"".join([
+    bpf(load, 0, 0, 0),              # the number of the system call
+    bpf(equals, 0, 3, 158),          # arch_prctl
+    bpf(load, 0, 0, 16),             # its first argument
+    bpf(equals, 0, 1, 0x1023),       # ARCH_REQ_XCOMP_PERM
+    bpf(answer, 0, 0, 0x00050001),   # fails with EPERM
+    bpf(answer, 0, 0, 0x7FFF0000),   # is let through
+])
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_char_p)]
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+assert prctl(38, 1, 0, 0, 0) == 0
+assert prctl(22, 2, ctypes.byref(Filter(len(program) // 8, program)), 0, 0) == 0
+"""
+
+
+def cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    return set(path.read_text().split()) if path.exists() else set()
+
+
+@needs_extension
+@pytest.mark.skipif("amx_bf16" not in cpu_flags(), reason="the CPU has no AMX")
+def test_refused_tile_registers_leave_the_next_level_and_the_reason():
+    code = REFUSE_TILE_REGISTERS + (
+        "import torch\n"
+        "from mem1_kernels import BlockPlan, _C, trajectory_attention\n"
+        "info = _C.build_info()\n"
+        "query = torch.ones(1, 40, 1, 16, dtype=torch.bfloat16)\n"
+        "plan = BlockPlan.from_expiry(torch.full((40,), 40))\n"
+        "assert (trajectory_attention(query, query, query, plan=plan) == 1).all()\n"
+        "print(info['simd'], '-', info['simd_reason'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MEM1_SIMD"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    refusal = "amx: the operating system refuses the tile registers: Operation not permitted"
+    if "GenuineIntel" in cpu_flags():
+        slower = "avx512bf16: slower than avx512 on CPUs of Intel"
+        assert result.stdout.strip() == f"avx512 - {refusal}; {slower}"
+    else:
+        assert result.stdout.strip() == f"avx512bf16 - {refusal}"
+
+
+@needs_extension
+def test_simd_level_comes_with_its_reason():
+    assert ask_extension("info['simd_reason']", MEM1_SIMD="avx2").stdout.strip()
+    assert ask_extension("info['simd_reason']", MEM1_SIMD="default").stdout == "MEM1_SIMD=default\n"
 
 
 @needs_extension
 def test_unknown_simd_level_is_rejected():
     result = ask_extension("info['simd']", MEM1_SIMD="sse9")
     assert result.returncode != 0
-    assert "ValueError: MEM1_SIMD: expected default, avx2, avx512 or avx512bf16, got 'sse9'" in (
-        result.stderr
-    )
+    expected = "MEM1_SIMD: expected default, avx2, avx512, avx512bf16 or amx, got 'sse9'"
+    assert f"ValueError: {expected}" in result.stderr

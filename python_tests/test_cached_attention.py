@@ -472,7 +472,7 @@ def test_autocast_does_not_reach_inside():
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
-@pytest.mark.parametrize("level", ["default", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_simd_level(level):
     """Each level's code in a process of its own, since the level is decided once."""
     code = (

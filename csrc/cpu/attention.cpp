@@ -153,6 +153,11 @@ cpu::Problem make_problem(const Shape& shape, const at::Tensor& query, double sc
 
 const cpu::AttentionKernels& kernels(cpu::ElementType type) {
   switch (cpu::simd_level()) {
+#ifdef MEM1_SIMD_AMX
+    case cpu::SimdLevel::kAmx:
+      if (type == cpu::ElementType::kBFloat16) return cpu::attention_amx;
+      return cpu::attention_avx512;
+#endif
 #ifdef MEM1_SIMD_AVX512BF16
     case cpu::SimdLevel::kAvx512Bf16:
       if (type == cpu::ElementType::kBFloat16) return cpu::attention_avx512bf16;
@@ -176,6 +181,40 @@ cpu::Rows rows_of(const at::Tensor& tensor, int64_t batch, int64_t head) {
   const int64_t offset = batch * tensor.stride(0) + head * tensor.stride(2);
   return {static_cast<char*>(tensor.data_ptr()) + offset * tensor.element_size(), tensor.stride(1)};
 }
+
+// The key tiles of every kv head, packed for all query tiles and heads that meet them: a buffer of
+// the size of key and value together (forward; head_dim rounded up to 32) or half as much again.
+class PackedKeys {
+ public:
+  PackedKeys(const cpu::AttentionKernels& kernel, const Shape& shape, const Plan& plan,
+             const cpu::Problem& problem, const at::Tensor& key, const at::Tensor& value,
+             bool backward) {
+    if (kernel.pack == nullptr) return;
+    tile_bytes_ = kernel.packed_bytes(problem.head_dim, backward);
+    tiles_ = plan.tiles;
+    const int64_t units = shape.batch * shape.kv_heads * tiles_;
+    buffer_ = at::empty({units * tile_bytes_}, at::kByte);
+    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t batch = i / tiles_ / shape.kv_heads, head = i / tiles_ % shape.kv_heads;
+        const int64_t layout = plan.layouts == 1 ? 0 : batch;
+        kernel.pack({problem, plan.expiry + layout * plan.tokens, i % tiles_,
+                     rows_of(key, batch, head), rows_of(value, batch, head), backward,
+                     static_cast<char*>(buffer_.data_ptr()) + i * tile_bytes_});
+      }
+    });
+  }
+
+  // Of one kv head, counted through the batch; null at a level that packs none.
+  const char* head(int64_t index) const {
+    if (tile_bytes_ == 0) return nullptr;
+    return static_cast<const char*>(buffer_.const_data_ptr()) + index * tiles_ * tile_bytes_;
+  }
+
+ private:
+  at::Tensor buffer_;
+  int64_t tile_bytes_ = 0, tiles_ = 0;
+};
 
 // The order in which query tiles add to each key tile of one layout: descending, as they are
 // claimed, so that under a causal mask the light ones come last.
@@ -209,6 +248,7 @@ std::tuple<at::Tensor, at::Tensor> trajectory_attention_fwd_cpu(
   const at::Tensor out = at::empty(query.sizes(), query.options());
   const at::Tensor lse =
       at::empty({shape.batch, shape.heads, shape.tokens}, query.options().dtype(at::kFloat));
+  const PackedKeys packed(kernel, shape, plan, problem, key, value, false);
   const int64_t all_heads = shape.batch * shape.heads;
   const auto unit = [&](int64_t index, float* scratch) {
     const int64_t batch = index % all_heads / shape.heads, head = index % shape.heads;
@@ -218,7 +258,8 @@ std::tuple<at::Tensor, at::Tensor> trajectory_attention_fwd_cpu(
     kernel.forward(
         {problem, plan.list(layout, tile), tile, rows_of(query, batch, head),
          rows_of(key, batch, kv_head), rows_of(value, batch, kv_head), rows_of(out, batch, head),
-         lse.data_ptr<float>() + (batch * shape.heads + head) * shape.tokens},
+         lse.data_ptr<float>() + (batch * shape.heads + head) * shape.tokens,
+         packed.head(batch * shape.kv_heads + kv_head)},
         scratch);
   };
   cpu::run_in_order(plan.tiles * all_heads, cpu::forward_scratch(problem.head_dim), unit);
@@ -265,7 +306,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_bwd_cpu(
     const Order& order = orders[plan.layouts == 1 ? 0 : row / shape.kv_heads];
     for (int64_t tile : order.first) turns.push_back(cpu::first_ticket(tile, group));
   }
-  const int64_t sums_floats = n * 2 * kTile * cpu::head_stride(problem.head_dim);
+  const int64_t sums_floats = n * cpu::sums_floats(problem.head_dim);
+  const PackedKeys packed(kernel, shape, plan, problem, key, value, true);
   const at::Tensor sums = at::empty({columns_heads, sums_floats}, at::kFloat);
 
   const auto unit = [&](int64_t index, float* scratch) {
@@ -293,7 +335,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_bwd_cpu(
                      rows_of(grad_value, batch, kv_head),
                      sums.data_ptr<float>() + column * sums_floats,
                      {tile, member, group, turns.data() + column * n, order.first.data(),
-                      order.following.data() + plan.offsets[layout * (n + 1) + tile]}},
+                      order.following.data() + plan.offsets[layout * (n + 1) + tile]},
+                     packed.head(column)},
                     scratch);
   };
   cpu::run_in_order(n * columns_heads * group, cpu::backward_scratch(problem.head_dim), unit);

@@ -34,12 +34,24 @@ struct Problem {
   float softcap;  // 0: none
 };
 
+// A key tile, to be packed as operands of matrix products, once for all query tiles and heads that
+// meet it. Keys that nobody sees become zeros.
+struct KeyTile {
+  Problem problem;
+  const int32_t* expiry;  // [tokens]
+  int64_t tile;
+  Rows key, value;
+  bool backward;  // the operands of the backward pass
+  char* packed;
+};
+
 struct ForwardTile {
   Problem problem;
   TileList list;
   int64_t tile;
   Rows query, key, value, out;
-  float* lse;  // [tokens]
+  float* lse;          // [tokens]
+  const char* packed;  // [key tiles] of a level that packs them
 };
 
 // Query tiles add their parts of dK and dV to a key tile in an order that the plan alone decides,
@@ -72,8 +84,9 @@ struct BackwardTile {
   const float* lse;
   const float* grad_lse;  // [tokens] or null
   Rows grad_query, grad_key, grad_value;
-  float* sums;  // [key tiles, 2, kTile, head_stride(head_dim)]: dK and dV so far
+  float* sums;  // [key tiles, sums_floats(head_dim)]: dK and dV so far
   Turns turns;
+  const char* packed;  // [key tiles] of a level that packs them
 };
 
 // head_dim in whole vectors of any SIMD level.
@@ -83,6 +96,13 @@ static inline int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; 
 // lanes to the next: an odd number of cache lines, so that columns spread over all cache sets.
 static inline int64_t head_stride(int head_dim) { return padded_head(head_dim) / 32 * 32 + 16; }
 constexpr int64_t kLaneStride = kTile + 16;
+
+// The same where head_dim is padded to whole rows of an AMX tile.
+static inline int64_t amx_head(int head_dim) { return (head_dim + 31) / 32 * 32; }
+static inline int64_t amx_head_stride(int head_dim) { return amx_head(head_dim) + 16; }
+
+// Floats of dK and dV of one key tile, at any level.
+static inline int64_t sums_floats(int head_dim) { return 2 * kTile * amx_head_stride(head_dim); }
 
 // Floats of scratch that a thread needs.
 static inline int64_t forward_scratch(int head_dim) {
@@ -96,6 +116,9 @@ static inline int64_t backward_scratch(int head_dim) {
 struct AttentionKernels {
   void (*forward)(const ForwardTile& tile, float* scratch);
   void (*backward)(const BackwardTile& tile, float* scratch);
+  // Of a level that packs key tiles: how many bytes each takes, and the packing. Else null.
+  int64_t (*packed_bytes)(int head_dim, bool backward);
+  void (*pack)(const KeyTile& tile);
 };
 
 extern const AttentionKernels attention_default;
@@ -103,5 +126,6 @@ extern const AttentionKernels attention_avx2;
 extern const AttentionKernels attention_avx512;
 // bfloat16 only.
 extern const AttentionKernels attention_avx512bf16;
+extern const AttentionKernels attention_amx;
 
 }  // namespace mem1::cpu

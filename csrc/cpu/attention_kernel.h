@@ -5,10 +5,7 @@
 // needs no sums across lanes, a key's visible queries [k, expiry[k]) are a run of lanes, and every
 // matrix product has the shape  c[rows, lanes] += a[rows, depth] * b[depth, lanes]  with one
 // element of `a` for all lanes at a time.
-#include <thread>
-
-#include "cpu/attention.h"
-#include "cpu/tile_math.h"
+#include "cpu/attention_walk.h"
 
 namespace mem1::cpu {
 namespace {
@@ -18,60 +15,6 @@ constexpr int kTileVecs = kTile / kLanes;
 // Keys of a partial tile that share one range of lanes.
 constexpr int kStripKeys = 16;
 constexpr int kMaxStrips = kTile / kStripKeys;
-
-template <typename Element>
-void store_tokens(const float* from, int head_dim, float scale, const Rows& to, int64_t first,
-                  int64_t tokens) {
-  using Stored = typename Element::Stored;
-  for (int row = 0; row < kTile && first + row < tokens; ++row) {
-    Stored* out = reinterpret_cast<Stored*>(to.data) + (first + row) * to.stride;
-    const float* in = from + row * head_stride(head_dim);
-    for (int d = 0; d < head_dim; ++d) out[d] = Element::store(scale * in[d]);
-  }
-}
-
-// The mask between one query tile and one key tile.
-struct Mask {
-  int first_query;
-  int first_key;
-  int queries;  // in the tile
-  bool has_floor;
-  alignas(64) int32_t floor[kTile];   // of each query
-  alignas(64) int32_t expiry[kTile];  // of each key; 0 behind the last token
-  alignas(64) bool alive[kTile];      // keys that see themselves
-
-  Mask(const TileList& list, int64_t query_tile, int64_t tokens)
-      : first_query(static_cast<int>(query_tile) * kTile),
-        first_key(0),
-        queries(tokens - first_query < kTile ? static_cast<int>(tokens) - first_query : kTile),
-        has_floor(list.floor != nullptr) {
-    for (int q = 0; q < kTile; ++q) {
-      const bool bounded = has_floor && q < queries;
-      floor[q] = bounded ? list.floor[first_query + q] : 0;
-    }
-  }
-
-  void move_to(const TileList& list, int64_t key_tile, int tokens) {
-    first_key = static_cast<int>(key_tile) * kTile;
-    for (int k = 0; k < kTile; ++k) {
-      const int key = first_key + k;
-      const int end = key < tokens ? list.expiry[key] : 0;
-      expiry[k] = end < 0 ? 0 : end > tokens ? tokens : end;
-      alive[k] = expiry[k] > key;
-    }
-  }
-
-  // The first and the last + 1 lane that see key k, floors aside.
-  int begin(int k) const { return first_key + k > first_query ? first_key + k - first_query : 0; }
-  int end(int k) const {
-    return expiry[k] - first_query < queries ? expiry[k] - first_query : queries;
-  }
-};
-
-// -1 where the query of each lane sees the key.
-inline IntVec visible(int key, int expiry, IntVec query, IntVec floor) {
-  return (floor <= key) & (key <= query) & (query < expiry);
-}
 
 // A rectangle of a tile that holds all that is visible between its keys and the tile's queries.
 struct Strip {
@@ -309,7 +252,7 @@ void forward(const ForwardTile& tile, float* scratch) {
     for (int d = 0; d < head_dim; ++d) at(out + d * kLaneStride + lane) *= normalizer;
   }
   transpose(head_dim, kTile, out, kLaneStride, key, row_stride);
-  store_tokens<Element>(key, head_dim, 1.f, tile.out, first_query, problem.tokens);
+  store_tokens<Element>(key, row_stride, mask.queries, head_dim, 1.f, tile.out, first_query);
   for (int q = 0; q < mask.queries; ++q) {
     tile.lse[first_query + q] = row_sum[q] == 0 ? -INFINITY : row_max[q] + logf(row_sum[q]);
   }
@@ -335,49 +278,6 @@ void sum_rows(const float* grad_out, const float* out, int head_dim, const float
     at(delta + lane) = total - at(grad_lse + lane);
   }
 }
-
-// The entries of a TileList by ascending key tile, so that query tiles meet the key tiles, and wait
-// for each other there, in one order.
-class Ascending {
- public:
-  explicit Ascending(const TileList& list) : list_(list), partial_(0), full_(list.partial) {}
-
-  bool done() const { return partial_ == list_.partial && full_ == list_.count; }
-
-  int next() {
-    const bool take_partial = full_ == list_.count || (partial_ < list_.partial &&
-                                                       list_.tiles[partial_] < list_.tiles[full_]);
-    return take_partial ? partial_++ : full_++;
-  }
-
- private:
-  const TileList& list_;
-  int partial_, full_;
-};
-
-// The turn of one query tile and head to add to a key tile, which `entry` of its list names.
-class Turn {
- public:
-  Turn(const Turns& turns, int64_t key_tile, int entry)
-      : shown_(turns.turn + key_tile),
-        own_(ticket(turns.tile, turns.member, turns.group)),
-        first_(first_ticket(turns.first[key_tile], turns.group)),
-        following_(turns.member + 1 < turns.group
-                       ? own_ - 1
-                       : first_ticket(turns.following[entry], turns.group)) {}
-
-  void wait() const {
-    while (__atomic_load_n(shown_, __ATOMIC_ACQUIRE) != own_) std::this_thread::yield();
-  }
-  void pass_on() const { __atomic_store_n(shown_, following_, __ATOMIC_RELEASE); }
-
-  bool is_first() const { return own_ == first_; }
-  bool is_last() const { return following_ == kNoTicket; }
-
- private:
-  int64_t* const shown_;
-  const int64_t own_, first_, following_;
-};
 
 template <typename Element, typename Words>
 void backward(const BackwardTile& tile, float* scratch) {
@@ -484,16 +384,18 @@ void backward(const BackwardTile& tile, float* scratch) {
                                           true);
     }
     if (turn.is_last()) {
-      store_tokens<Element>(grad_key, head_dim, problem.scale, tile.grad_key, mask.first_key,
-                            problem.tokens);
-      store_tokens<Element>(grad_value, head_dim, 1.f, tile.grad_value, mask.first_key,
-                            problem.tokens);
+      const int keys = tile_rows(mask.first_key, problem.tokens);
+      store_tokens<Element>(grad_key, row_stride, keys, head_dim, problem.scale, tile.grad_key,
+                            mask.first_key);
+      store_tokens<Element>(grad_value, row_stride, keys, head_dim, 1.f, tile.grad_value,
+                            mask.first_key);
     }
     turn.pass_on();
   }
 
   transpose(head_dim, kTile, grad_query, kLaneStride, key, row_stride);
-  store_tokens<Element>(key, head_dim, problem.scale, tile.grad_query, first_query, problem.tokens);
+  store_tokens<Element>(key, row_stride, mask.queries, head_dim, problem.scale, tile.grad_query,
+                        first_query);
 }
 
 #if defined(__AVX512BF16__)
@@ -530,6 +432,6 @@ void backward_tile(const BackwardTile& tile, float* scratch) {
 
 }  // namespace
 
-const AttentionKernels MEM1_ATTENTION{forward_tile, backward_tile};
+const AttentionKernels MEM1_ATTENTION{forward_tile, backward_tile, nullptr, nullptr};
 
 }  // namespace mem1::cpu

@@ -84,6 +84,11 @@ void check_spread(const at::Tensor& position_ids, int64_t row, int64_t begin, in
 
 const cpu::CachedAttentionKernels& kernels(cpu::ElementType type) {
   switch (cpu::simd_level()) {
+#ifdef MEM1_SIMD_AMX
+    case cpu::SimdLevel::kAmx:
+      if (type == cpu::ElementType::kBFloat16) return cpu::cached_attention_amx;
+      return cpu::cached_attention_avx512;
+#endif
 #ifdef MEM1_SIMD_AVX512BF16
     case cpu::SimdLevel::kAvx512Bf16:
       if (type == cpu::ElementType::kBFloat16) return cpu::cached_attention_avx512bf16;

@@ -74,5 +74,6 @@ extern const CachedAttentionKernels cached_attention_avx2;
 extern const CachedAttentionKernels cached_attention_avx512;
 // bfloat16 only.
 extern const CachedAttentionKernels cached_attention_avx512bf16;
+extern const CachedAttentionKernels cached_attention_amx;
 
 }  // namespace mem1::cpu

@@ -469,6 +469,16 @@ struct QueryRows {
   }
 };
 
+#if defined(__AMX_BF16__)
+}  // namespace
+}  // namespace mem1::cpu
+
+#include "cpu/cached_attention_amx_kernel.h"
+
+namespace mem1::cpu {
+namespace {
+#endif
+
 // One step of the online softmax: as in attention, for one vector of rows and `slots` slots.
 template <typename Words, bool kMasked, bool kSoftcap>
 void softmax_lanes(const ScoreScale& scale, const Sight& sight, int first, int slots,
@@ -604,7 +614,14 @@ void combine_rows(const CachedSplits& all) {
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+void attend(const CachedRows& unit, float* scratch) {
+  unit.rows <= kFewRows ? attend_few_amx(unit, scratch)
+                        : attend_many<BFloat16, Fp32Words>(unit, scratch);
+}
+
+void combine(const CachedSplits& all) { combine_rows<BFloat16>(all); }
+#elif defined(__AVX512BF16__)
 void attend(const CachedRows& unit, float* scratch) { attend_rows<Bf16Lanes>(unit, scratch); }
 
 void combine(const CachedSplits& all) { combine_rows<BFloat16>(all); }

@@ -167,6 +167,7 @@ using RotateKeys = void (*)(const cpu::RotatedSlot&);
 
 RotateKeys rotate_keys() {
   switch (cpu::simd_level()) {
+    case cpu::SimdLevel::kAmx:
     case cpu::SimdLevel::kAvx512Bf16:
     case cpu::SimdLevel::kAvx512:
 #ifdef MEM1_SIMD_AVX512

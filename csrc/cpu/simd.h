@@ -13,12 +13,20 @@
 
 namespace mem1::cpu {
 
-enum class SimdLevel { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class SimdLevel { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
-// The highest level that is compiled, that the CPU has, and that the environment variable
-// MEM1_SIMD (default, avx2, avx512 or avx512bf16), if set, allows. Decided once.
-// Throws ValueError for any other value of MEM1_SIMD.
-SimdLevel simd_level();
+struct SimdChoice {
+  SimdLevel level;
+  std::string reason;  // why no higher compiled level, or that this is the highest
+};
+
+// The highest level that is compiled, that the CPU and the kernel of the operating system grant,
+// and that is not slower there than a lower one. The environment variable MEM1_SIMD (default, avx2,
+// avx512, avx512bf16 or amx), if set, bounds the level; the level that it names is taken also where
+// it is slower. Decided once. Throws ValueError for any other value of MEM1_SIMD.
+const SimdChoice& simd_choice();
+
+inline SimdLevel simd_level() { return simd_choice().level; }
 
 const char* simd_name(SimdLevel level);
 

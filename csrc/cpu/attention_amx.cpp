@@ -1,0 +1,2 @@
+#define MEM1_ATTENTION attention_amx
+#include "cpu/attention_amx_kernel.h"
