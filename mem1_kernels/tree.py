@@ -7,11 +7,13 @@ in depth-first order, a token expires at the end of its subtree.
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -378,17 +380,15 @@ def _prefix_tree(rows: Sequence[Tensor]) -> tuple[list[_Node], Tensor]:
         The nodes in depth-first order, children in the order of their first rows; and int64
         `[source tokens]`, the place of each row's tokens in the order in which tokens were found.
     """
-    items = [row.numpy() for row in rows]
-    # Big-endian bytes sort as the integers do, and prefixes before what they begin.
-    words = [row.astype(">u8").tobytes() for row in items]
-    begins = np.cumsum([0, *map(len, items)]).tolist()
-    places = np.empty(begins[-1], dtype=np.int64)
+    words = [_sortable(row) for row in rows]
+    begins = [0, *accumulate(map(len, rows))]
+    places = torch.empty(begins[-1], dtype=torch.int64)
     root = _Node(0, 0, 0, 0, None)
     path, found = [root], 0
-    previous, previous_places = places[:0], places[:0]
+    previous, previous_places = b"", places[:0]
     for row in sorted(range(len(rows)), key=words.__getitem__):
         mine = places[begins[row] : begins[row + 1]]
-        shared = _common(previous, items[row])
+        shared = _common(previous, words[row])
         # Everything below the shared part is complete; a node that it ends in is cut in two.
         below: _Node | None = None
         while path[-1].stop > shared:
@@ -406,19 +406,26 @@ def _prefix_tree(rows: Sequence[Tensor]) -> tuple[list[_Node], Tensor]:
             leaf = _Node(row, shared, len(mine), found, top)
             top.children.append(leaf)
             path.append(leaf)
-            mine[shared:] = np.arange(found, found + len(mine) - shared)
+            mine[shared:] = torch.arange(found, found + len(mine) - shared)
             found += len(mine) - shared
         path[-1].row = min(path[-1].row, row)
-        previous, previous_places = items[row], mine
-    return _depth_first(root), torch.from_numpy(places)
+        previous, previous_places = words[row], mine
+    return _depth_first(root), places
 
 
-def _common(a: Any, b: Any) -> int:
-    """How many items two rows have in common at their beginning."""
+def _sortable(row: Tensor) -> bytes:
+    """Big-endian bytes sort as ids >= 0 do, and prefixes before what they begin."""
+    words = array("q", row.tolist())
+    if sys.byteorder == "little":
+        words.byteswap()
+    return words.tobytes()
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """How many ids two rows of `_sortable` bytes have in common at their beginning."""
     count = min(len(a), len(b))
-    differ = a[:count] != b[:count]
-    at = int(differ.argmax()) if count else 0
-    return at if count and differ[at] else count
+    differ = int.from_bytes(a[:count], "big") ^ int.from_bytes(b[:count], "big")
+    return (8 * count - differ.bit_length()) // 64
 
 
 def _depth_first(root: _Node) -> list[_Node]:

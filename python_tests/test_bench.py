@@ -104,7 +104,7 @@ def test_one_command_runs_them_all_but_the_slow_one(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(all_of_them, "committed", list)
     monkeypatch.setattr(all_of_them, "missing", lambda name: "no compiler" * (name == "sm90_table"))
     assert all_of_them.main(["--quick", "--out", str(out)]) == 1  # one failed, the others ran
-    assert ran == ["attention", "kv_cache", "rollout", "trees"]
+    assert ran == ["attention", "plan", "kv_cache", "rollout", "trees"]
     printed = capsys.readouterr().out
     assert "sm90_table: skipped, no compiler" in printed and "failed: rollout" in printed
     assert "16 turns, 4 rows of 8,696 tokens" in printed and (out / "index.html").exists()
