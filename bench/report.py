@@ -41,7 +41,14 @@ def measured_on(report: dict[str, Any]) -> str:
 
 
 def attention() -> str:
-    report = load("cpu/attention.json")
+    return _attention_table(load("cpu/attention.json"))
+
+
+def attention_amx() -> str:
+    return _attention_table(load("cpu-amx/attention.json"))
+
+
+def _attention_table(report: dict[str, Any]) -> str:
     rows = []
     for layout in LAYOUTS:
         for name in ("forward", "backward"):
@@ -190,7 +197,7 @@ def hops() -> str:
 
 
 FILES = {
-    ROOT / "README.md": (attention, rollout, hops, ablation),
+    ROOT / "README.md": (attention, attention_amx, rollout, hops, ablation),
     RESULTS / "README.md": (prune, sm90),
 }
 

@@ -1,5 +1,5 @@
 // trajectory_attention on the CPU: checks, the order of the work and its threads. The arithmetic of
-// one query tile is in attention_kernel.h, built once a SIMD level.
+// one query tile is in attention_kernel.h, built once per SIMD level.
 #include "cpu/attention.h"
 
 #include <ATen/ops/empty.h>
@@ -219,10 +219,11 @@ class PackedKeys {
 // The order in which query tiles add to each key tile of one layout: descending, as they are
 // claimed, so that under a causal mask the light ones come last.
 struct Order {
-  std::vector<int64_t> following;  // [capacity] the next query tile in the entry's column, or -1
+  std::vector<int64_t> following;  // [listed] the next query tile in the entry's column, or -1
   std::vector<int64_t> first;      // [tiles] the first one of each column, or -1
 
-  Order(const Plan& plan, int64_t layout) : following(plan.capacity), first(plan.tiles, -1) {
+  Order(const Plan& plan, int64_t layout)
+      : following(plan.offsets[layout * (plan.tiles + 1) + plan.tiles]), first(plan.tiles, -1) {
     int64_t entry = 0;
     for (int64_t tile = 0; tile < plan.tiles; ++tile) {
       const cpu::TileList list = plan.list(layout, tile);

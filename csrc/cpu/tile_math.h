@@ -200,8 +200,8 @@ inline Vec interleave(Vec a, Vec b, bool upper) {
 }
 
 // to[c, r] = from[r, c], for rows and columns rounded up to whole vectors.
-[[maybe_unused]] void transpose(int rows, int columns, const float* from, int64_t from_stride, float* to,
-               int64_t to_stride) {
+[[maybe_unused]] void transpose(int rows, int columns, const float* from, int64_t from_stride,
+                                float* to, int64_t to_stride) {
   for (int r = 0; r < rows; r += kLanes) {
     for (int c = 0; c < columns; c += kLanes) {
       Vec block[kLanes], next[kLanes];
