@@ -272,9 +272,11 @@ def test_the_table_has_a_line_per_case():
     found = blocks(read_folder(RESULTS))
     lines = text_table(found).splitlines()
     assert len(lines) == 1 + len(found) + sum(len(block.lines) for block in found)
-    (line,) = (x for x in lines if "MEM1-QA" in x and "forward, fp32" in x)
+    of_each_cpu = [x for x in lines if "MEM1-QA" in x and "forward, fp32" in x]
+    assert len(of_each_cpu) == 2
+    (line,) = (x for x in of_each_cpu if "290 GFLOP/s" in x)
     assert line.split("  ")[0] == "MEM1-QA: turns of 556; 8,192 tokens, forward, fp32"
-    assert "290 GFLOP/s" in line and "FlexAttention" in line and line.endswith("3.6x")
+    assert "FlexAttention" in line and line.endswith("3.6x")
 
 
 def test_names_are_those_of_the_benchmarks():
