@@ -615,9 +615,13 @@ void combine_rows(const CachedSplits& all) {
 }
 
 #if defined(__AMX_BF16__)
+// So few rows do not pay for making pairs of the values.
+constexpr int kRowsWithoutTiles = 3;
+
 void attend(const CachedRows& unit, float* scratch) {
-  unit.rows <= kFewRows ? attend_few_amx(unit, scratch)
-                        : attend_many<BFloat16, Fp32Words>(unit, scratch);
+  if (unit.rows <= kRowsWithoutTiles) return attend_few<Bf16Lanes>(unit, scratch);
+  if (unit.rows <= kFewRows) return attend_few_amx(unit, scratch);
+  attend_many<BFloat16, Fp32Words>(unit, scratch);
 }
 
 void combine(const CachedSplits& all) { combine_rows<BFloat16>(all); }
