@@ -92,6 +92,14 @@ class Case:
         assert_within_budget("lse", lse, plain[1], exact[1])
         return out, lse
 
+    def check_equal_values(self) -> None:
+        """The weights of what is multiplied sum to 1, so equal values come back, bit by bit."""
+        one = self.value_cache[:1, :, :1].clone()
+        self.value_cache[:] = one
+        out, _ = self.run()
+        heads = one[:, :, 0].repeat_interleave(out.shape[2] // one.shape[1], 1)
+        assert torch.equal(out, heads[:, None].expand_as(out))
+
 
 def make_case(
     lengths: list[int],

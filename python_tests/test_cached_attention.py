@@ -484,6 +484,9 @@ def test_every_simd_level(level):
         "            t.make_case([600, 0, tokens, 75], tokens, heads, 2, head_dim, dtype).check()\n"
         "    t.make_case([80, 33], 20, 4, 2, 32, dtype, [20, 3], window=30, softcap=5.0).check()\n"
         "    t.make_case([80, 33], 1, 4, 2, 32, dtype, window=30, softcap=5.0).check()\n"
+        "for new, heads in ((1, 2), (1, 14), (40, 4)):\n"
+        "    for dtype in (torch.bfloat16, torch.float16):\n"
+        "        t.make_case([700, 90], new, heads, 2, 64, dtype, scale=0.5).check_equal_values()\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -179,6 +179,15 @@ def test_budget_with_poison_in_what_nobody_sees(dtype, poison):
     assert (result.grad_value[:, unseen] == 0).all()
 
 
+def test_budget_of_equal_values():
+    """The weights of what is multiplied sum to 1, so equal values come back, bit by bit."""
+    case = Case(515, (4, 2), 64, torch.bfloat16, expiry=random_expiry(515, GENERATOR(9)), scale=0.5)
+    case.value[:] = case.value[:, :1].clone()
+    seen = case.run().lse[0, 0] > -torch.inf
+    same = case.value.repeat_interleave(2, 2)
+    assert torch.equal(case.run().out[:, seen], same[:, seen])
+
+
 def lower_levels() -> list[str]:
     info = _C.build_info()
     levels = info["simd_compiled"]

@@ -110,6 +110,24 @@ inline __m512i pair_rows(Vec even, Vec odd) {
   return _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_add_epi32((__m512i)odd, half));
 }
 
+// The sums of P over the keys. What multiplies the values is P rounded to bfloat16, so that is what
+// normalizes them too: then the weight of a key that outweighs the others is exactly 1.
+struct Sums {
+  Vec exact{}, rounded{};
+
+  void add(Vec even, Vec odd, __m512i words) {
+    exact += even + odd;
+    const __m512i ones = _mm512_set1_epi32(0x3f803f80);
+    rounded = _mm512_dpbf16_ps(rounded, (__m512bh)words, (__m512bh)ones);
+  }
+  void rescale(Vec factor) {
+    exact *= factor;
+    rounded *= factor;
+  }
+  // 0 where no key was seen.
+  Vec normalizer() const { return rounded == 0.f ? Vec{} : 1.f / rounded; }
+};
+
 // P = 2^(c score - base), and a base up to this far below the maximum serves as well as the
 // maximum.
 constexpr float kBaseSlack = 8;

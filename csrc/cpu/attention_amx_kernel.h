@@ -298,12 +298,12 @@ void find_top(const Exponent& exponent, const BlockMask& mask, float* scores, Ve
 // Keys of an exponentiate() call.
 constexpr int kStripKeys = 16;
 
-// Scores of kStripKeys keys to P, as right registers; adds to `total`. The parts of kSlices slices
+// Scores of kStripKeys keys to P, as right registers; adds to `sums`. The parts of kSlices slices
 // stand between the pairs of keys, so that tile and vector units work side by side.
 template <bool kMasked, int kSlices>
-void exponentiate(float c, const Vec* base, const float* scores, char* probabilities, Vec* total,
+void exponentiate(float c, const Vec* base, const float* scores, char* probabilities, Sums* sums,
                   const Slice* slices) {
-  Vec sum[2] = {total[0], total[1]};
+  Sums sum[2] = {sums[0], sums[1]};
   if (kSlices != 0) finish_stores();
 #pragma GCC unroll 8
   for (int pair = 0; pair < kStripKeys / 2; ++pair) {
@@ -328,12 +328,13 @@ void exponentiate(float c, const Vec* base, const float* scores, char* probabili
         p[i] = exp2(score * c - base[v]);
         if (kMasked) p[i] = score == -INFINITY ? Vec{} : p[i];
       }
-      sum[v] += p[0] + p[1];
-      _mm512_store_si512(probabilities + v * kRegisterBytes + pair * 64, pair_rows(p[0], p[1]));
+      const __m512i words = pair_rows(p[0], p[1]);
+      sum[v].add(p[0], p[1], words);
+      _mm512_store_si512(probabilities + v * kRegisterBytes + pair * 64, words);
     }
   }
   if (kSlices == 2) store_slice(slices[1]);
-  for (int v = 0; v < 2; ++v) total[v] = sum[v];
+  for (int v = 0; v < 2; ++v) sums[v] = sum[v];
 }
 
 // rows[., 32] *= factor, per lane.
@@ -512,7 +513,8 @@ void forward_block(const ForwardTile& tile, int query_block, Mask* mask, float* 
              head_dim, query_flip(problem.scale), query);
   const Exponent exponent(problem.scale, problem.softcap);
   const Chunks head = Chunks::first(chunks), in_order = Chunks::first(kStepBlocks);
-  Vec base[2] = {splat(-INFINITY), splat(-INFINITY)}, sum[2] = {};
+  Vec base[2] = {splat(-INFINITY), splat(-INFINITY)};
+  Sums sum[2];
   bool fresh = true;
 
   // The products of the next and the previous step that are not begun yet.
@@ -562,7 +564,7 @@ void forward_block(const ForwardTile& tile, int query_block, Mask* mask, float* 
     if (next != nullptr) push_keys(*next);
     int done = 0;
     if (current != nullptr) {
-      Vec added[2] = {};
+      for (int v = 0; v < 2; ++v) sum[v].rescale(current->rescale[v]);
       const int strips = current->count * kBlock / kStripKeys;
       for (int strip = 0; strip < strips; ++strip) {
         const int i = strip * kStripKeys / kBlock, key = strip * kStripKeys % kBlock;
@@ -574,10 +576,9 @@ void forward_block(const ForwardTile& tile, int query_block, Mask* mask, float* 
             {exponentiate<false, 0>, exponentiate<false, 1>, exponentiate<false, 2>},
             {exponentiate<true, 0>, exponentiate<true, 1>, exponentiate<true, 2>}};
         const auto step = kExponentiate[current->masked[i]][between];
-        step(exponent.c, base, from, to, added, slices + done);
+        step(exponent.c, base, from, to, sum, slices + done);
         for (done += between; done < until; ++done) multiply_slice(slices[done]);
       }
-      for (int v = 0; v < 2; ++v) sum[v] = sum[v] * current->rescale[v] + added[v];
     }
     for (; done < slice_count; ++done) multiply_slice(slices[done]);
     if (previous != nullptr) fresh = false;
@@ -587,10 +588,10 @@ void forward_block(const ForwardTile& tile, int query_block, Mask* mask, float* 
 
   if (fresh) memset(out, 0, padded * kBlock * sizeof(float));
   Vec normalizer[2];
-  for (int v = 0; v < 2; ++v) normalizer[v] = sum[v] == 0.f ? Vec{} : 1.f / sum[v];
+  for (int v = 0; v < 2; ++v) normalizer[v] = sum[v].normalizer();
   store_block(out, head_dim, normalizer, tile.out, first_query, queries);
   for (int q = 0; q < kBlock && q < queries; ++q) {
-    const float total = sum[q / kLanes][q % kLanes];
+    const float total = sum[q / kLanes].exact[q % kLanes];
     tile.lse[first_query + q] =
         total == 0 ? -INFINITY : base[q / kLanes][q % kLanes] * kLn2 + logf(total);
   }

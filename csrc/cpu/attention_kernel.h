@@ -97,12 +97,14 @@ inline Vec masked_score(const ScoreScale& scale, const Mask& mask, int k, int la
 }
 
 // One step of the online softmax. The dot products of the strip's keys with kVecs vectors of
-// queries become exp(score - maximum), as words of a product over the keys; what these queries
-// gathered so far is rescaled to the new maximum.
+// queries become weights exp(score - maximum), as words of a product over the keys; what these
+// queries gathered so far is rescaled to the new maximum. `row_weight` sums the weights as they
+// multiply the values, which may be rounded: it normalizes the output, so that the weight of a key
+// that outweighs the others is exactly 1. `row_sum` makes the LSE.
 template <typename Words, bool kMasked, bool kSoftcap, int kVecs>
 void online_softmax_update(const ScoreScale& scale, const Mask& mask, const Strip& strip, int lane,
                            int head_dim, float* scores, float* row_max, float* row_sum,
-                           float* out) {
+                           float* row_weight, float* out) {
   constexpr bool kStored = kMasked || kSoftcap;  // scores that are dear enough to keep for exp
   for (int v = 0; v < kVecs; ++v, lane += kLanes) {
     const Vec old_top = at(row_max + lane);
@@ -117,7 +119,7 @@ void online_softmax_update(const ScoreScale& scale, const Mask& mask, const Stri
     }
     const Vec top = max(tops[0], tops[1]);
     const Vec base = top == -INFINITY ? Vec{} : top;
-    Vec sum{};
+    Vec sum{}, weight{};
     for (int k = strip.key_begin; k < strip.key_end; k += 2) {
       Vec p[2];
       for (int i = 0; i < 2; ++i) {
@@ -126,11 +128,12 @@ void online_softmax_update(const ScoreScale& scale, const Mask& mask, const Stri
         if (kMasked) p[i] = score == -INFINITY ? Vec{} : p[i];
       }
       sum += p[0] + p[1];
-      Words::store_rows(scores, k, lane, p[0], p[1]);
+      weight += Words::store_rows(scores, k, lane, p[0], p[1]);
     }
     const Vec rescale = exp(old_top - base);
     at(row_max + lane) = top;
     at(row_sum + lane) = at(row_sum + lane) * rescale + sum;
+    at(row_weight + lane) = at(row_weight + lane) * rescale + weight;
     for (int d = 0; d < head_dim; ++d) at(out + d * kLaneStride + lane) *= rescale;
   }
 }
@@ -207,12 +210,14 @@ void forward(const ForwardTile& tile, float* scratch) {
   float* const scores = memory.lanes(kTile);
   float* const row_max = memory.lanes(1);
   float* const row_sum = memory.lanes(1);
+  float* const row_weight = memory.lanes(1);
 
   const int64_t first_query = tile.tile * kTile;
   const TokenRows<Element> query_rows(tile.query, first_query, problem.tokens, nullptr);
   pack_transposed<Element, Words>(query_rows, kTile, head_dim, key, query);
   memset(out, 0, sizeof(float) * head_dim * kLaneStride);
   memset(row_sum, 0, sizeof(float) * kTile);
+  memset(row_weight, 0, sizeof(float) * kTile);
   for (int q = 0; q < kTile; ++q) row_max[q] = -INFINITY;
 
   const ScoreScale scale(problem.scale, problem.softcap);
@@ -237,7 +242,7 @@ void forward(const ForwardTile& tile, float* scratch) {
             row_stride, query + lane, kLaneStride, scores + strip.key_begin * kLaneStride + lane,
             kLaneStride, false);
         online_softmax_update<Words, masked.value, softcap.value, vecs.value>(
-            scale, mask, strip, lane, head_dim, scores, row_max, row_sum, out);
+            scale, mask, strip, lane, head_dim, scores, row_max, row_sum, row_weight, out);
         multiply<Words, Contiguous::kRows>(head_dim, vecs.value, strip.keys() / kPerWord,
                                            value + key_word * row_stride, row_stride,
                                            scores + key_word * kLaneStride + lane, kLaneStride,
@@ -247,8 +252,8 @@ void forward(const ForwardTile& tile, float* scratch) {
   }
 
   for (int lane = 0; lane < kTile; lane += kLanes) {
-    const Vec sum = at(row_sum + lane);
-    const Vec normalizer = sum == 0.f ? Vec{} : 1.f / sum;
+    const Vec weight = at(row_weight + lane);
+    const Vec normalizer = weight == 0.f ? Vec{} : 1.f / weight;
     for (int d = 0; d < head_dim; ++d) at(out + d * kLaneStride + lane) *= normalizer;
   }
   transpose(head_dim, kTile, out, kLaneStride, key, row_stride);

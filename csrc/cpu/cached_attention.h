@@ -59,7 +59,7 @@ struct CachedSplits {
 
 // Floats of scratch that a thread needs.
 static inline int64_t cached_scratch(int head_dim) {
-  const int64_t few = kFewRows * (2 * (head_dim + 32) + kSlotBlock + 3) + kSlotBlock;
+  const int64_t few = kFewRows * (2 * (head_dim + 32) + kSlotBlock + 4) + kSlotBlock;
   const int64_t many = forward_scratch(head_dim) + 3 * kLaneStride;
   return few > many ? few : many;
 }

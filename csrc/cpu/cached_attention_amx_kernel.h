@@ -106,7 +106,8 @@ void attend_few_amx(const CachedRows& unit, float* scratch) {
   const IntVec nearest = *reinterpret_cast<const IntVec*>(sight.nearest);
   const uint16_t* const all_keys = reinterpret_cast<const uint16_t*>(unit.key.data);
   const uint16_t* const all_values = reinterpret_cast<const uint16_t*>(unit.value.data);
-  Vec base = splat(-INFINITY), sum{};
+  Vec base = splat(-INFINITY);
+  Sums sum;
   for (int64_t slot = unit.slot_begin; slot < unit.slot_end; slot += kSlotBlock) {
     const int slots =
         unit.slot_end - slot < kSlotBlock ? static_cast<int>(unit.slot_end - slot) : kSlotBlock;
@@ -143,7 +144,7 @@ void attend_few_amx(const CachedRows& unit, float* scratch) {
       for (int r = 0; r < unit.rows; ++r) {
         for (int64_t d = 0; d < padded; d += kLanes) at(out + r * padded + d) *= rescale[r];
       }
-      sum *= rescale;
+      sum.rescale(rescale);
       base = moved;
     }
     for (int part = 0; part < kSlotBlock / kBlock; ++part) {
@@ -155,8 +156,9 @@ void attend_few_amx(const CachedRows& unit, float* scratch) {
           p[i] = exp2(score * exponent.c - base);
           p[i] = score == -INFINITY ? Vec{} : p[i];
         }
-        sum += p[0] + p[1];
-        words[pair] = (Vec)pair_rows(p[0], p[1]);
+        const __m512i both = pair_rows(p[0], p[1]);
+        sum.add(p[0], p[1], both);
+        words[pair] = (Vec)both;
       }
       transpose_block(words);
       for (int r = 0; r < 16; ++r) at(probabilities + part * 256 + r * 16) = words[r];
@@ -167,13 +169,14 @@ void attend_few_amx(const CachedRows& unit, float* scratch) {
     }
   }
   _tile_release();
+  const Vec normalizers = sum.normalizer();
   for (int r = 0; r < unit.rows; ++r) {
-    const float normalizer = sum[r] == 0 ? 0.f : 1 / sum[r];
+    const float normalizer = normalizers[r];
     for (int i = 0; i < padded; ++i) {
       const int d = i / kBlock * kBlock + pair_dim(i % kBlock);
       if (d < head_dim) unit.out[r * head_dim + d] = out[r * padded + i] * normalizer;
     }
-    unit.lse[r] = sum[r] == 0 ? -INFINITY : base[r] * kLn2 + logf(sum[r]);
+    unit.lse[r] = sum.exact[r] == 0 ? -INFINITY : base[r] * kLn2 + logf(sum.exact[r]);
   }
 }
 

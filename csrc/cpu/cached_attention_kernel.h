@@ -189,7 +189,8 @@ struct FloatLanes {
   }
   // Where lane `lane` of what load_slots gives lies in head_dim.
   static int dim(int lane) { return lane; }
-  static void pack_weights(float*) {}
+  // Weights as they multiply the values; `sum` is theirs, and what is returned that of the result.
+  static float pack_weights(float*, float sum) { return sum; }
 };
 
 #if defined(__AVX512BF16__)
@@ -209,8 +210,14 @@ struct Bf16Lanes {
     to[1] = (Vec)_mm512_unpackhi_epi16(even, odd);
   }
   static int dim(int lane) { return lane % 16 / 4 * 8 + lane / 16 * 4 + lane % 4; }
-  static void pack_weights(float* weights) {
-    for (int i = 0; i < kSlotBlock; i += kLanes) Words::store_lanes(weights, i, at(weights + i));
+  static float pack_weights(float* weights, float) {
+    Vec sum{};
+    for (int i = 0; i < kSlotBlock; i += kLanes) {
+      const Vec rounded = Words::round(at(weights + i));
+      sum += rounded;
+      Words::store_lanes(weights, i, rounded);
+    }
+    return add_turns<1>(sum)[0];
   }
 };
 #endif
@@ -233,7 +240,8 @@ struct FewRows {
   float* out;      // in the order of Lanes::dim
   float* scores;   // [rows, kSlotBlock]
   float* top;
-  float* sum;
+  float* sum;     // of the weights, for the LSE
+  float* weight;  // of the weights as they multiply the values, for the output
   float* rescale;
 };
 
@@ -346,10 +354,11 @@ void add_rows(int count, const FewRows& rows, int first, const Values<Lanes>& va
   if (d < head_dim) add_vectors<Lanes, kRows, kPerWord, true>(rows, first, values, d, head_dim - d);
 }
 
-// One row's scores of a block of slots to exp(score - maximum); 0 where the row does not see.
+// One row's scores of a block of slots to weights exp(score - maximum); 0 where the row does not
+// see. Returns their sum.
 template <bool kSoftcap>
-void softmax_block(const ScoreScale& scale, const FewRows& rows, int row, int visible,
-                   const int32_t* positions, int32_t nearest) {
+float softmax_block(const ScoreScale& scale, const FewRows& rows, int row, int visible,
+                    const int32_t* positions, int32_t nearest) {
   float* scores = rows.scores + row * kSlotBlock;
   Vec top = splat(-INFINITY);
   for (int i = 0; i < kSlotBlock; i += kLanes) {
@@ -373,7 +382,7 @@ void softmax_block(const ScoreScale& scale, const FewRows& rows, int row, int vi
   }
   rows.rescale[row] = exp(splat(old_top - base))[0];
   rows.top[row] = new_top;
-  rows.sum[row] = rows.sum[row] * rows.rescale[row] + add_turns<1>(sum)[0];
+  return add_turns<1>(sum)[0];
 }
 
 // Into the second cache.
@@ -397,6 +406,7 @@ void attend_few(const CachedRows& unit, float* scratch) {
   int32_t* const positions = reinterpret_cast<int32_t*>(memory.take(kSlotBlock));
   rows.top = memory.take(kFewRows);
   rows.sum = memory.take(kFewRows);
+  rows.weight = memory.take(kFewRows);
   rows.rescale = memory.take(kFewRows);
   memset(rows.query, 0, sizeof(float) * unit.rows * rows.stride);
   memset(rows.out, 0, sizeof(float) * unit.rows * rows.stride);
@@ -406,7 +416,7 @@ void attend_few(const CachedRows& unit, float* scratch) {
     Lanes::Words::template pack_row<typename Lanes::Element>(
         rows.query + r * rows.stride, query_row<typename Lanes::Element>(unit, r), head_dim);
     rows.top[r] = -INFINITY;
-    rows.sum[r] = 0;
+    rows.sum[r] = rows.weight[r] = 0;
   }
 
   const Sight sight(unit);
@@ -439,8 +449,11 @@ void attend_few(const CachedRows& unit, float* scratch) {
       const int64_t own = sight.last[r] - (slot - unit.slot_begin) + 1;
       const int visible = own < slots ? static_cast<int>(own) : slots;
       const auto softmax = unit.softcap == 0 ? softmax_block<false> : softmax_block<true>;
-      softmax(scale, rows, r, visible, sight.windowed ? positions : nullptr, sight.nearest[r]);
-      Lanes::pack_weights(rows.scores + r * kSlotBlock);
+      const float sum =
+          softmax(scale, rows, r, visible, sight.windowed ? positions : nullptr, sight.nearest[r]);
+      const float weight = Lanes::pack_weights(rows.scores + r * kSlotBlock, sum);
+      rows.sum[r] = rows.sum[r] * rows.rescale[r] + sum;
+      rows.weight[r] = rows.weight[r] * rows.rescale[r] + weight;
     }
     for (int part = 0; part < parts; ++part) {
       const int first = unit.rows * part / parts, end = unit.rows * (part + 1) / parts;
@@ -449,7 +462,7 @@ void attend_few(const CachedRows& unit, float* scratch) {
   }
   constexpr int kChunk = kLanes * Lanes::Words::kPerWord;
   for (int r = 0; r < unit.rows; ++r) {
-    const float normalizer = rows.sum[r] == 0 ? 0.f : 1 / rows.sum[r];
+    const float normalizer = rows.weight[r] == 0 ? 0.f : 1 / rows.weight[r];
     const float* from = rows.out + r * rows.stride;
     for (int64_t i = 0; i < rows.stride; ++i) {
       const int64_t d = i / kChunk * kChunk + Lanes::dim(i % kChunk);
@@ -483,7 +496,7 @@ namespace {
 template <typename Words, bool kMasked, bool kSoftcap>
 void softmax_lanes(const ScoreScale& scale, const Sight& sight, int first, int slots,
                    const int32_t* positions, int lane, int head_dim, float* scores, float* row_max,
-                   float* row_sum, float* out) {
+                   float* row_sum, float* row_weight, float* out) {
   const Vec old_top = at(row_max + lane);
   const IntVec last = *reinterpret_cast<const IntVec*>(sight.last + lane);
   const IntVec nearest = *reinterpret_cast<const IntVec*>(sight.nearest + lane);
@@ -500,7 +513,7 @@ void softmax_lanes(const ScoreScale& scale, const Sight& sight, int first, int s
   }
   const Vec base = top == -INFINITY ? Vec{} : top;
   const Vec rescale = exp(old_top - base);
-  Vec sum{};
+  Vec sum{}, weight{};
   for (int k = 0; k < slots; k += 2) {
     Vec p[2];
     for (int i = 0; i < 2; ++i) {
@@ -509,10 +522,11 @@ void softmax_lanes(const ScoreScale& scale, const Sight& sight, int first, int s
       if (kMasked) p[i] = score == -INFINITY ? Vec{} : p[i];
     }
     sum += p[0] + p[1];
-    Words::store_rows(scores, k, lane, p[0], p[1]);
+    weight += Words::store_rows(scores, k, lane, p[0], p[1]);
   }
   at(row_max + lane) = top;
   at(row_sum + lane) = at(row_sum + lane) * rescale + sum;
+  at(row_weight + lane) = at(row_weight + lane) * rescale + weight;
   for (int d = 0; d < head_dim; ++d) at(out + d * kLaneStride + lane) *= rescale;
 }
 
@@ -529,6 +543,7 @@ void attend_many(const CachedRows& unit, float* scratch) {
   float* const scores = memory.lanes(kTile);
   float* const row_max = memory.lanes(1);
   float* const row_sum = memory.lanes(1);
+  float* const row_weight = memory.lanes(1);
   int32_t* const positions = reinterpret_cast<int32_t*>(memory.lanes(1));
 
   const int vecs = round_up(unit.rows, kLanes) / kLanes;
@@ -536,6 +551,7 @@ void attend_many(const CachedRows& unit, float* scratch) {
                                   query);
   memset(out, 0, sizeof(float) * head_dim * kLaneStride);
   memset(row_sum, 0, sizeof(float) * kTile);
+  memset(row_weight, 0, sizeof(float) * kTile);
   memset(positions, 0, sizeof(int32_t) * kTile);
   for (int r = 0; r < kTile; ++r) row_max[r] = -INFINITY;
 
@@ -563,14 +579,14 @@ void attend_many(const CachedRows& unit, float* scratch) {
                                  : (unit.softcap == 0 ? softmax_lanes<Words, false, false>
                                                       : softmax_lanes<Words, false, true>);
         step(scale, sight, first, slots, positions, lane + i * kLanes, head_dim, scores, row_max,
-             row_sum, out);
+             row_sum, row_weight, out);
       }
       multiply<Words, Contiguous::kRows>(head_dim, at_once, slots / kPerWord, value, row_stride,
                                          scores + lane, kLaneStride, out + lane, kLaneStride, true);
     }
   }
   for (int r = 0; r < unit.rows; ++r) {
-    const float normalizer = row_sum[r] == 0 ? 0.f : 1 / row_sum[r];
+    const float normalizer = row_weight[r] == 0 ? 0.f : 1 / row_weight[r];
     for (int d = 0; d < head_dim; ++d)
       unit.out[r * head_dim + d] = out[d * kLaneStride + r] * normalizer;
     unit.lse[r] = row_sum[r] == 0 ? -INFINITY : row_max[r] + logf(row_sum[r]);

@@ -83,10 +83,11 @@ struct Fp32Words {
   // Lanes of one row, of an operand whose depth runs along the lanes.
   static void store_lanes(float* row, int lane, Vec x) { at(row + lane) = x; }
 
-  // Two rows of an operand whose depth runs along the rows.
-  static void store_rows(float* rows, int row, int lane, Vec even, Vec odd) {
+  // Two rows of an operand whose depth runs along the rows; returns the sum of what was stored.
+  static Vec store_rows(float* rows, int row, int lane, Vec even, Vec odd) {
     at(rows + row * kLaneStride + lane) = even;
     at(rows + (row + 1) * kLaneStride + lane) = odd;
+    return even + odd;
   }
 
   // A token's words, with the depth along head_dim.
@@ -111,14 +112,20 @@ struct Bf16Words {
     return _mm512_dpbf16_ps(sum, (__m512bh)splat(a), (__m512bh)b);
   }
 
+  static Vec round(Vec x) {
+    const ShortVec rounded = (ShortVec)_mm512_cvtneps_pbh(x);
+    return (Vec)(__builtin_convertvector(rounded, IntVec) << 16);
+  }
+
   static void store_lanes(float* row, int lane, Vec x) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(row + lane / 2), (__m256i)_mm512_cvtneps_pbh(x));
   }
 
-  static void store_rows(float* rows, int row, int lane, Vec even, Vec odd) {
+  static Vec store_rows(float* rows, int row, int lane, Vec even, Vec odd) {
     const IntVec low = __builtin_convertvector((ShortVec)_mm512_cvtneps_pbh(even), IntVec);
-    const IntVec high = __builtin_convertvector((ShortVec)_mm512_cvtneps_pbh(odd), IntVec);
-    at(rows + row / 2 * kLaneStride + lane) = (Vec)(low | high << 16);
+    const IntVec high = __builtin_convertvector((ShortVec)_mm512_cvtneps_pbh(odd), IntVec) << 16;
+    at(rows + row / 2 * kLaneStride + lane) = (Vec)(low | high);
+    return (Vec)(low << 16) + (Vec)high;
   }
 
   template <typename Element>
