@@ -35,7 +35,7 @@ def test_head_dims(head_dim, dtype, new_tokens):
     make_case([70, 141], new_tokens, 3, 1, head_dim, dtype).check()
 
 
-@pytest.mark.parametrize("new_tokens", [1, 40])
+@pytest.mark.parametrize("new_tokens", [1, 40, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_rows_in_several_splits(new_tokens, dtype):
     make_case([3000, 511, 513, 1024, 0], new_tokens, 4, 2, 64, dtype).check()

@@ -212,7 +212,7 @@ void forward(const ForwardTile& tile, float* scratch) {
   float* const row_sum = memory.lanes(1);
   float* const row_weight = memory.lanes(1);
 
-  const int64_t first_query = tile.tile * kTile;
+  const int64_t first_query = tile.first_query;
   const TokenRows<Element> query_rows(tile.query, first_query, problem.tokens, nullptr);
   pack_transposed<Element, Words>(query_rows, kTile, head_dim, key, query);
   memset(out, 0, sizeof(float) * head_dim * kLaneStride);
@@ -221,7 +221,7 @@ void forward(const ForwardTile& tile, float* scratch) {
   for (int q = 0; q < kTile; ++q) row_max[q] = -INFINITY;
 
   const ScoreScale scale(problem.scale, problem.softcap);
-  Mask mask(list, tile.tile, problem.tokens);
+  Mask mask(list, first_query, problem.tokens);
   for (int entry = 0; entry < list.count; ++entry) {
     const bool partial = entry < list.partial;
     mask.move_to(list, list.tiles[entry], problem.tokens);
@@ -330,7 +330,7 @@ void backward(const BackwardTile& tile, float* scratch) {
   memset(grad_query, 0, sizeof(float) * head_dim * kLaneStride);
 
   const ScoreScale scale(problem.scale, problem.softcap);
-  Mask mask(list, tile.tile, problem.tokens);
+  Mask mask(list, first_query, problem.tokens);
   for (Ascending entries(list); !entries.done();) {
     const int entry = entries.next();
     const int64_t key_tile = list.tiles[entry];
