@@ -118,9 +118,7 @@ class _Sessions:
         if dropped is None:
             return
         moves = self._rearrange(name, dropped.source)
-        first = int(np.flatnonzero(dropped.source != np.arange(len(dropped.source)))[0]) if len(
-            dropped.holes
-        ) else len(dropped.source)
+        first = int(dropped.holes[0]) if len(dropped.holes) else len(dropped.source)
         session._block_hasher = None
         del session.block_hashes[first // self.hash_block_size :]
         ids = np.array(session._all_token_ids[:held])[dropped.source].tolist()
@@ -235,11 +233,7 @@ class _Sessions:
             request, new_token_ids, *args, **kwargs
         )
         stops = _asked(request).get("stop")
-        if stopped:
-            early = request.num_output_tokens < request.max_tokens
-            if request.status == RequestStatus.FINISHED_LENGTH_CAPPED and early and stops is not None:
-                self._doomed[request.request_id] = self._full(request.num_tokens)
-        elif stops and new_token_ids and (found := self._completed(request, stops)):
+        if not stopped and stops and new_token_ids and (found := self._completed(request, stops)):
             request.status = RequestStatus.FINISHED_STOPPED
             request.stop_reason = found
             stopped = True
@@ -310,4 +304,10 @@ class SessionScheduler(_Sessions, Scheduler):
 
 
 class AsyncSessionScheduler(_Sessions, AsyncScheduler):
-    """The same for async scheduling."""
+    """The same for asynchronous scheduling."""
+
+
+def session_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> _Sessions:
+    """What `scheduler_cls` names: the scheduler for the engine's way of scheduling."""
+    kind = AsyncSessionScheduler if vllm_config.scheduler_config.async_scheduling else SessionScheduler
+    return kind(vllm_config, *args, **kwargs)

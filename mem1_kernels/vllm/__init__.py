@@ -1,0 +1,1 @@
+"""vLLM with contexts that are pruned in place."""
