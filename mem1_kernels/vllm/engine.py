@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mem1_kernels.rollout.engine import (
-    EngineError,
+
     Generation,
     OnTokens,
     Respond,
@@ -295,4 +295,3 @@ class _Backend:
         self.core.add_request(request)
 
 
-__all__ = ["EngineError", "VLLMEngine", "engine_options"]
