@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from mem1_kernels.rollout import Generation, collate, score
+from mem1_kernels.vllm import VLLMEngine
 
 # vLLM's own way to pin threads takes cores away from the rest of the suite.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -38,7 +39,9 @@ def save_model(folder: Path, tokenizer: Any = None, **changes: Any) -> str:
         "bos_token_id": None,
         "eos_token_id": 0,
     }
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | changes)).save_pretrained(folder)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | changes)).save_pretrained(
+        folder
+    )
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return str(folder)
@@ -62,6 +65,15 @@ def options(**changes: Any) -> dict[str, Any]:
         "seed": 0,
     }
     return chosen | changes
+
+
+_OPEN: list[Any] = []
+
+
+def open_engine(folder: str, **changes: Any) -> VLLMEngine:
+    """An engine that lives on: one that is collected ends the process group of all others."""
+    _OPEN.append(VLLMEngine(folder, **options(**changes)))
+    return _OPEN[-1]
 
 
 def scheduler_of(engine: Any) -> Any:

@@ -172,9 +172,7 @@ def _(
     return out, lse
 
 
-def _check_devices(
-    tensors: list[Tensor | None], like: Tensor, name: str = "keep"
-) -> None:
+def _check_devices(tensors: list[Tensor | None], like: Tensor, name: str = "keep") -> None:
     """One meta tensor among others makes a call a fake one: not what its caller meant."""
     for x in tensors:
         if x is not None and x.device != like.device:

@@ -353,7 +353,9 @@ def move_slots_(
         page_size, row = x.shape[2], x.shape[3]
         if offsets is None:
             for source, to in zip(sources.tolist(), destinations.tolist(), strict=True):
-                x[to // page_size, :, to % page_size] = x[source // page_size, :, source % page_size]
+                x[to // page_size, :, to % page_size] = x[
+                    source // page_size, :, source % page_size
+                ]
             continue
         flat = x.view(x.shape[0], x.shape[1], page_size * row)
         for source, to in zip(sources.tolist(), destinations.tolist(), strict=True):

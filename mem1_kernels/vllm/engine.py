@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from mem1_kernels.rollout.engine import (
-
     Generation,
     OnTokens,
     Respond,
@@ -81,7 +81,9 @@ class VLLMEngine:
         if isinstance(model, str):
             model = _load(vllm, model, options)
         elif options:
-            raise ValueError(f"{sorted(options)[0]}: expected none beside an LLM, which has its own")
+            raise ValueError(
+                f"{sorted(options)[0]}: expected none beside an LLM, which has its own"
+            )
         self.llm = model
         config = model.llm_engine.vllm_config
         if positions == "kept" and config.scheduler_config.scheduler_cls != SCHEDULER:
@@ -146,8 +148,21 @@ def _load(vllm: Any, model: str, options: dict[str, Any]) -> Any:
         chosen["kv_cache_memory_bytes"] = 2**30
     # Rows that wait for their turn in this process cannot give way, so none waits for them.
     chosen["additional_config"] = {"mem1": {"stall_seconds": 0.0}}
+    _shield_llvmlite()
     with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"):
         return vllm.LLM(model, **{**chosen, **options})
+
+
+def _shield_llvmlite() -> None:
+    """Lets vLLM's CPU start pass by llvmlite, where numba (BM25's, for one) has loaded it.
+
+    vLLM reads `vars()` of all that any module holds. llvmlite's library takes every name for a
+    function of its own, `__dict__` too; with a table entry of that name it answers {}.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    table = getattr(getattr(ffi, "lib", None), "_fntab", None)
+    if isinstance(table, dict):
+        table.setdefault("__dict__", {})
 
 
 @contextmanager
@@ -220,6 +235,8 @@ class _Backend:
 
     def _round(self, active: Sequence[Turns], number: int) -> None:
         """Sends each row's chunks, and waits until vLLM has computed them."""
+        from vllm.exceptions import VLLMClientError
+
         sent: dict[str, list[_Sent]] = {}
         by_name: dict[str, Turns] = {}
         for turns in active:
@@ -231,7 +248,7 @@ class _Backend:
             try:
                 for chunk in chunks:
                     self._send(name, chunk, turns.row.index, number)
-            except ValueError as error:  # vLLM's refusal, such as a prompt that is too long
+            except VLLMClientError as error:  # such as a prompt that is too long
                 del sent[name]
                 self.core.abort_requests([name])
                 turns.fail(f"vLLM: {error}")
@@ -293,5 +310,3 @@ class _Backend:
         )
         request.external_req_id = name
         self.core.add_request(request)
-
-

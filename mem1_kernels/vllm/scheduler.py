@@ -282,7 +282,9 @@ class _Sessions:
         names = [request_ids] if isinstance(request_ids, str) else list(request_ids or self._gone)
         for name in names:
             self._gone.pop(name, None)
-        return super().finish_requests(request_ids if request_ids is None else names, finished_status)
+        return super().finish_requests(
+            request_ids if request_ids is None else names, finished_status
+        )
 
     def has_requests(self) -> bool:
         return bool(self._ended) or super().has_requests()
@@ -309,5 +311,7 @@ class AsyncSessionScheduler(_Sessions, AsyncScheduler):
 
 def session_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> _Sessions:
     """What `scheduler_cls` names: the scheduler for the engine's way of scheduling."""
-    kind = AsyncSessionScheduler if vllm_config.scheduler_config.async_scheduling else SessionScheduler
+    kind = (
+        AsyncSessionScheduler if vllm_config.scheduler_config.async_scheduling else SessionScheduler
+    )
     return kind(vllm_config, *args, **kwargs)

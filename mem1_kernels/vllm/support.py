@@ -62,7 +62,10 @@ def _problems(config: Any, kv_cache_config: Any) -> list[str]:
         (kinds[:1] != ["FullAttentionSpec"], f"the cache {kinds[:1]}, expected FullAttentionSpec"),
         (getattr(spec, "sliding_window", None) is not None, "sliding windows"),
         (getattr(spec, "attention_chunk_size", None) is not None, "chunked attention"),
-        (cache_dtype not in ("auto", "float16", "bfloat16", "float32"), f"the KV cache {cache_dtype}"),
+        (
+            cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+            f"the KV cache {cache_dtype}",
+        ),
         (config.kv_transfer_config is not None, "a KV connector"),
         (config.ec_transfer_config is not None, "an encoder-cache connector"),
         (_publishes(config), "KV cache events"),
@@ -93,6 +96,7 @@ def _untested(config: Any) -> list[str]:
     checks = [
         (device != "cpu", f"vLLM on {device}"),
         (config.use_v2_model_runner, "Model Runner V2"),
+        (bool(config.scheduler_config.async_scheduling), "asynchronous scheduling"),
         (config.parallel_config.tensor_parallel_size > 1, "tensor parallelism"),
     ]
     return [said for found, said in checks if found]

@@ -140,5 +140,7 @@ class Turns:
         row = self.row
         parts = zip(row.segments, row.dropped_at, strict=True)
         live = sum(segment.num_tokens for segment, dropped in parts if not dropped)
-        written = self.written.token_ids if not row.turns or row.turns[-1].number < self.number else []
+        written = (
+            self.written.token_ids if not row.turns or row.turns[-1].number < self.number else []
+        )
         row.peak_context = max(row.peak_context, live + len(written) - row.marked)
