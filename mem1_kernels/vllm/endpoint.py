@@ -1,6 +1,6 @@
 """Sessions over HTTP: routes that a vLLM server gets from this plug-in.
 
-    POST   /v1/mem1/sessions/NAME/steps/N    computes step N of a session, the first of which opens it
+    POST   /v1/mem1/sessions/NAME/steps/N    computes step N of a session; step 1 opens it
     DELETE /v1/mem1/sessions/NAME            ends it
     GET    /v1/mem1                          what the server can hold
 
@@ -10,7 +10,7 @@ A step is a list of chunks (see `turns.Chunk`), of which the last one writes:
      "temperature": 1.0, "seed": null, "stop": ["</tag>"], "stop_token_ids": [2], "stream": false}
 
 The answer has `token_ids`, `log_probs` and `finish` ("stop" or "length"). With "stream" it comes as
-lines of JSON, the last of which has `finish`. An `error` ends the session.
+lines of JSON, the first of which has `start`, and the last `finish`. An `error` ends the session.
 
 A step is computed once. Asked for again, while it is computed or afterwards, it gives the same
 answer, so a client whose connection broke asks again. A client that is gone loses its session when
@@ -73,6 +73,7 @@ class Step:
     async def lines(self) -> AsyncIterator[dict[str, Any]]:
         """What has come and comes of it, from the beginning."""
         told = 0
+        yield {"start": True}
         while True:
             changed = self.changed
             for ids, log_probs in self.parts[told:]:

@@ -21,7 +21,9 @@ def arguments(model: str, options: Sequence[str], device: str) -> list[str]:
     """
     from mem1_kernels.vllm.engine import engine_options
 
-    chosen = [f"--{name.replace('_', '-')} {value}" for name, value in engine_options(device).items()]
+    chosen = [
+        f"--{name.replace('_', '-')} {value}" for name, value in engine_options(device).items()
+    ]
     chosen.sort(key=lambda option: not option.startswith("--scheduler"))
     return ["--model", model, *(word for option in chosen for word in option.split()), *options]
 
