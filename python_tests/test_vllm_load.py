@@ -116,7 +116,7 @@ def round_of(url: str, seed: int) -> list[Client]:
 
 def settled(url: str) -> tuple[int, float]:
     """Open sessions and the part of the KV blocks in use, once all that is idle is closed."""
-    for _ in range(150):
+    for _ in range(400):
         open_sessions = httpx.get(f"{url}/v1/mem1").json()["sessions"]
         if open_sessions == 0:
             break
@@ -171,7 +171,7 @@ def test_many_sessions(folder, blocks):
         str(blocks),
         "--additional-config",
         '{"mem1": {"stall_seconds": 2}}',
-        MEM1_SESSION_IDLE="5",
+        MEM1_SESSION_IDLE="20",
     ) as url:
         end = time.monotonic() + 60 * float(os.environ.get("MEM1_LOAD_MINUTES", "0"))
         memory: list[int] = []
