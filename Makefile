@@ -48,9 +48,10 @@ demo: $(READY)
 demo-llm: $(if $(MODEL),$(READY),model)
 	$(BIN)/python -m examples.demo_llm $(if $(MODEL),--model $(MODEL))
 
-# Two threads per worker, so that the parallel loops of the C++ kernels do run in parallel.
+# Two threads per worker, so that the parallel loops of the C++ kernels do run in parallel; threads
+# that wait must then not spin.
 test: $(READY)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m bench $(BENCH_ARGS)
