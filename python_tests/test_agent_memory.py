@@ -243,11 +243,11 @@ def test_a_file_that_is_something_else(tmp_path):
         (ValueError, "state: expected text, got an empty", lambda u: u.save(u.open("a"), "")),
         (TypeError, "keep: expected True or False, got 0", lambda u: u.retain("a", keep=0)),
         (ValueError, "max_age: expected more than 0", lambda u: u.retain("a", max_age=-1)),
-        (ValueError, "max_characters: expected at least 1", lambda u: u.retain("a", max_characters=0)),
-        (TypeError, "max_age: expected seconds, got '1'", lambda u: UserMemory(u.path, max_age="1")),
+        (ValueError, "max_characters: .* 1, got 0", lambda u: u.retain("a", max_characters=0)),
+        (TypeError, "max_age: .* seconds, got '1'", lambda u: UserMemory(u.path, max_age="1")),
         (TypeError, "path: expected a path, got int", lambda u: UserMemory(3)),
     ],
-)  # fmt: skip
+)
 def test_arguments(users, error, message, call):
     with pytest.raises(error, match=message):
         call(users)

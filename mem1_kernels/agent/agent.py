@@ -154,10 +154,7 @@ class MemoryEfficientAgent:
         self.generation = generation
         self.max_info_tokens = max_info_tokens
         self.workers = workers
-        self.memory = UserMemory(memory) if isinstance(memory, str | Path) else memory
-        if not isinstance(self.memory, UserMemory | None):
-            got = type(memory).__name__
-            raise TypeError(f"memory: expected a UserMemory or the path of one, got {got}")
+        self.memory = _memory_of(memory)
         self.progress = progress
         self.on_text = on_text
         self.on_turn = on_turn
@@ -330,6 +327,15 @@ def _load(name: str, kind: str, **options: Any) -> Any:
 
 def _is_url(text: str) -> bool:
     return text.startswith(("http://", "https://"))
+
+
+def _memory_of(memory: Any) -> UserMemory | None:
+    if memory is None or isinstance(memory, UserMemory):
+        return memory
+    if not isinstance(memory, str | Path):
+        got = type(memory).__name__
+        raise TypeError(f"memory: expected a UserMemory or the path of one, got {got}")
+    return UserMemory(memory)
 
 
 def _maker(environment: Any, tags: TagSet | None) -> Callable[[], Any]:

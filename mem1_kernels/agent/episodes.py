@@ -222,8 +222,9 @@ class Episodes:
         if notes is not None and not text:
             raise TypeError("notes: expected an environment that speaks text, got one of token ids")
         self.contents = self.batch.reset(tasks)
-        for place in self.batch.active if notes is not None else ():
-            self.contents[place] += self._remembered(notes[place])
+        if notes is not None:
+            for place in self.batch.active:
+                self.contents[place] = f"{self.contents[place]}{self._remembered(notes[place])}"
         self.records: list[list[TurnRecord]] = [[] for _ in tasks]
         if text and engine.tokenizer is None:
             raise TypeError(
