@@ -83,34 +83,47 @@ def test_errors(games, tmp_path):
         plug.make_game(tmp_path, 0, 0)
 
 
-def test_ppo_trains_on_textworld(games, tmp_path, monkeypatch):
-    """Two steps of the trainer on two games with a tiny model of bytes, to the last file."""
+def test_a_model_learns_a_game(games, tmp_path):
+    """Random weights lose; after the walkthrough's warm start and two steps of PPO they win."""
     tokenizer = make_bytes_tokenizer()
-    model = make_model(len(tokenizer))
-    folder = tmp_path / "model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    out = tmp_path / "out"
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
     config = Config(
         environment="mem1_kernels.plugs.textworld:world",
-        model=str(folder),
+        model=str(tmp_path / "model"),
         sizes=(1,),
+        sft_steps=60,
+        sft_batch=2,
+        sft_lr=1e-2,
         steps=2,
-        episodes=2,
-        minibatch=2,
-        max_turns=2,
-        max_new_tokens=6,
-        eval_every=2,
-        eval_sizes=(1,),
-        eval_episodes=1,
+        episodes=4,
+        minibatch=4,
+        max_turns=20,
+        max_new_tokens=60,
+        temperature=0.5,
         trackers="",
-        out=str(out),
+        out=str(tmp_path / "run"),
     )
-    run = train(config, progress=False)
-    assert len(run.history) == 4, "two steps, and an evaluation before and behind them"
-    after = run.policy.state_dict()
-    assert any((after[name] != value).any() for name, value in model.state_dict().items())
-    assert (out / "policy" / "model.safetensors").is_file()
+    world = plug.world(games, games=1, tokenizer=tokenizer)
+    before = MemoryEfficientAgent(
+        str(tmp_path / "model"),
+        tokenizer=tokenizer,
+        environment=world.make,
+        progress=False,
+        max_new_tokens=60,
+    )
+    task = world.draw(1, random.Random(0))
+    assert before.process(task, max_turns=2).reward == 0
+    run = train(config, world=world, progress=False)
+    assert run.history[-1]["reward"] >= 0.5 and run.history[-1]["log_prob_gap"] < 1e-3
+    after = MemoryEfficientAgent(
+        run.policy.eval(),
+        tokenizer=tokenizer,
+        environment=world.make,
+        progress=False,
+        max_new_tokens=60,
+    )
+    result = after.process(task)
+    assert (result.reward, result.scores) == (1.0, {"won": 1.0})
 
 
 @pytest.fixture

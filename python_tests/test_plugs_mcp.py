@@ -20,7 +20,7 @@ pytest.importorskip("mcp")
 SERVER = """
 import sys
 from mcp.server import MCPServer
-server = MCPServer("sums")
+server = MCPServer("sums", log_level="ERROR")
 
 @server.tool()
 def add(a: int, b: int = 1) -> int:
@@ -38,7 +38,7 @@ def fail() -> str:
     raise ValueError("broken")
 
 if len(sys.argv) > 1:
-    server.run("streamable-http", port=int(sys.argv[1]), log_level="ERROR")
+    server.run("streamable-http", port=int(sys.argv[1]))
 else:
     server.run("stdio")
 """

@@ -14,10 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mem1_kernels._text import valid_text
-from mem1_kernels.agent.environment import Step
+from mem1_kernels.agent.environment import Step, observation_ids
 from mem1_kernels.agent.tags import ParsedTurn
+from mem1_kernels.agent.text import TextCodec
 from mem1_kernels.agent.world import World
 from mem1_kernels.plugs._game import GAME, game_prompt, unreadable
+from mem1_kernels.retention import Segment
 from mem1_kernels.rollout.engine import check_count
 
 _HELD_OUT = 1_000_000  # seeds of the evaluation's games begin here
@@ -156,8 +158,54 @@ def _games() -> TemporaryDirectory[str]:
     return TemporaryDirectory(prefix="textworld-")
 
 
+def demonstrate(
+    path: str | Path, tokenizer: Any, *, max_turns: int = 20, max_info_tokens: int = 600
+) -> tuple[list[Segment], float]:
+    """A game played by its walkthrough: the segments, with ids, and the reward.
+
+    The state of each turn is the number of commands so far.
+
+    Args:
+        path: of the game.
+        tokenizer: a Hugging Face tokenizer.
+        max_turns, max_info_tokens: of the rollouts that it stands beside; observations say how many
+            turns are left.
+
+    Raises:
+        ImportError: `textworld` is not installed.
+        ValueError: a game without a walkthrough, or one of more than `max_turns` commands.
+    """
+    commands = walkthrough(path)
+    if len(commands) > max_turns:
+        raise ValueError(f"max_turns: expected at least {len(commands)}, got {max_turns}")
+    game, codec = TextWorldGame(), TextCodec(tokenizer, GAME)
+    segments = [Segment("prompt", codec.prompt(game.reset(path)))]
+    reward = 0.0
+    for number, command in enumerate(commands, 1):
+        state, action = f"<think>{number - 1}</think>", f"<act>{command}</act>"
+        opened = codec.opened.strip()  # a tag that the chat template has written already
+        written = codec.encode_trusted(state.removeprefix(opened))
+        segments.append(Segment("state", written, number))
+        segments.append(Segment("action", codec.encode_trusted(action), number))
+        step = game.step(GAME.parse(state + action))
+        reward += step.reward
+        if step.done:
+            break
+        seen = observation_ids(
+            step.observation,
+            GAME,
+            codec=codec,
+            max_tokens=max_info_tokens,
+            turns_left=max_turns - number,
+        )
+        segments.append(Segment("info", seen, number))
+    return segments, reward
+
+
 def world(folder: str | Path | None = None, *, games: int = 20, tokenizer: Any = None) -> World:
     """TextWorld as a world, for `evaluate` and `--environment`.
+
+    With a tokenizer it has a teacher, for the warm start: the walkthroughs.
 
     Args:
         folder: where games are kept. Default: a folder that is deleted when the program ends.
@@ -178,4 +226,13 @@ def world(folder: str | Path | None = None, *, games: int = 20, tokenizer: Any =
     def draw_eval(size: int, rng: random.Random) -> Path:
         return make_game(place, size, _HELD_OUT + rng.randrange(games))
 
-    return World(draw=draw, make=TextWorldGame, draw_eval=draw_eval, tokenizer=tokenizer)
+    def teach(path: Path, rng: random.Random) -> tuple[list[Segment], float]:
+        return demonstrate(path, tokenizer)
+
+    return World(
+        draw=draw,
+        make=TextWorldGame,
+        demonstrate=None if tokenizer is None else teach,
+        draw_eval=draw_eval,
+        tokenizer=tokenizer,
+    )
