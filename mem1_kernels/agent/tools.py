@@ -71,9 +71,7 @@ class Tool:
                 required.append(name)
         about = (inspect.getdoc(function) or "").partition("\n")[0]
         schema = {"type": "object", "properties": properties, "required": required}
-        return cls(
-            function.__name__, about, schema, lambda arguments: str(function(**arguments))
-        )
+        return cls(function.__name__, about, schema, lambda arguments: str(function(**arguments)))
 
     @property
     def line(self) -> str:

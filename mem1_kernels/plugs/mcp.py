@@ -1,7 +1,7 @@
 """The tools of an MCP server (Model Context Protocol), over stdio or HTTP.
 
-    with MCPTools(["python", "server.py"]) as server:        # or MCPTools("http://127.0.0.1:8000/mcp")
-        agent = MemoryEfficientAgent(model, environment=ToolBox(server.tools))
+with MCPTools(["python", "server.py"]) as server:        # or MCPTools("http://127.0.0.1:8000/mcp")
+    agent = MemoryEfficientAgent(model, environment=ToolBox(server.tools))
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from mem1_kernels._text import error_text
 from mem1_kernels.agent.environment import ToolError
 from mem1_kernels.agent.tools import Tool
 from mem1_kernels.plugs._loop import Loop
+
+_CLOSING = 60.0  # seconds; a command that does not end is killed before
 
 
 class MCPTools:
@@ -47,9 +49,7 @@ class MCPTools:
         try:
             import mcp
         except ImportError as error:
-            raise ImportError(
-                "mcp is not installed (`pip install mem1-kernels[mcp]`)"
-            ) from error
+            raise ImportError("mcp is not installed (`pip install mem1-kernels[mcp]`)") from error
         where: Any = server
         if not isinstance(server, str):
             words = list(server) if isinstance(server, Sequence) else []
@@ -81,7 +81,7 @@ class MCPTools:
     def close(self) -> None:
         """Ends the connection, and a server that was started."""
         if self._ready is not None:
-            self._loop.run(self._finish(), self.timeout)
+            self._loop.run(self._finish(), _CLOSING)
         self._loop.close()
 
     def __enter__(self) -> MCPTools:
@@ -137,8 +137,9 @@ class MCPTools:
         return call
 
     def _error(self, error: BaseException) -> BaseException:
-        while len(inside := getattr(error, "exceptions", ())) == 1:  # a group of one
-            error = inside[0]
+        inside: Any = getattr(error, "exceptions", None)
+        if inside and len(inside) == 1:  # a group of one
+            return self._error(inside[0])
         if not isinstance(error, Exception):
             return error
         late = isinstance(error, TimeoutError | asyncio.TimeoutError)

@@ -58,9 +58,7 @@ class OpenEnv:
 
     def __copy__(self) -> OpenEnv:
         # An agent copies an environment for each task: each has a session of its own.
-        return OpenEnv(
-            self.address, self.rules, act=self.act, show=self.show, timeout=self.timeout
-        )
+        return OpenEnv(self.address, self.rules, act=self.act, show=self.show, timeout=self.timeout)
 
     def reset(self, task: Mapping[str, Any] | None = None) -> str:
         """Begins an episode in a new session.
@@ -106,9 +104,7 @@ class OpenEnv:
             raise self._error(error) from None
         if result.done:
             self.close()
-        return Step(
-            self.show(result.observation), float(result.reward or 0.0), bool(result.done)
-        )
+        return Step(self.show(result.observation), float(result.reward or 0.0), bool(result.done))
 
     def close(self) -> None:
         """Ends the session, if one is open."""

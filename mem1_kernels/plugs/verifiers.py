@@ -151,8 +151,9 @@ class _Rollout:
                 self.state = self.work.result()
             except Exception as error:
                 raise ToolError(f"verifiers: {error_text(error)}") from None
-            if (error := self.state.get("error")) is not None:
-                raise ToolError(f"verifiers: {error_text(error)}")
+            failure = self.state.get("error")
+            if failure is not None:
+                raise ToolError(f"verifiers: {error_text(failure)}")
             return None
         new, self.shown = messages[self.shown :], len(messages) + 1  # our reply comes between
         return "\n\n".join(_text_of(message) for message in new)
@@ -189,7 +190,7 @@ def _client_class(package: Any) -> Any:
     """A client of `verifiers` that asks a function for each message."""
     from verifiers.types import Response, ResponseMessage
 
-    class PolicyClient(package.Client):  # type: ignore[misc, name-defined]
+    class PolicyClient(package.Client):
         def __init__(self, generate: Any) -> None:
             super().__init__(generate)
 
