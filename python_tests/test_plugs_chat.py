@@ -6,7 +6,7 @@ import pytest
 from agent_models import make_bytes_tokenizer
 from local_server import serve
 
-from mem1_kernels.agent import BM25, EngineError, Generation, MemoryEfficientAgent, Passage, QATask
+from mem1_kernels.agent import BM25, EngineError, MemoryEfficientAgent, Passage, QATask
 from mem1_kernels.plugs.chat import ChatEngine
 
 CORPUS = BM25(
@@ -106,10 +106,9 @@ def test_a_turn_cut_by_its_length_is_not_closed(make_agent):
 
 
 def test_arguments(make_agent):
-    with pytest.raises(TypeError, match="tokenizer: expected one to count tokens with, got None"):
-        ChatEngine("http://127.0.0.1:9/v1", "m", None)
+    with pytest.raises(ValueError, match="workers: expected at least 1, got 0"):
+        ChatEngine("http://127.0.0.1:9/v1", "m", workers=0)
     with pytest.raises(ValueError, match="mark: expected none"):
         make_agent("http://127.0.0.1:9", mark=lambda ids: None).run([TASK])
     with pytest.raises(EngineError, match="server http://127.0.0.1:9"):
         make_agent("http://127.0.0.1:9").run([TASK])
-    assert Generation().mark is None
