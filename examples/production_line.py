@@ -3,16 +3,15 @@
 python examples/production_line.py                            a scripted policy
 python examples/production_line.py Qwen/Qwen2.5-7B-Instruct   any model
 
-The line's file holds orders and changes ("B takes at most 5") as they happen. Each order must go to
-a machine that can take it at that moment: what is in force has to be kept in the state.
+A file holds orders and changes as they happen: what is in force has to be kept in the state.
 """
 
 import json
 import random
 import re
 import sys
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mem1_kernels.agent import MemoryEfficientAgent
@@ -26,16 +25,14 @@ def events(number: int = 40) -> list[str]:
     rng, most, lines = random.Random(0), dict.fromkeys("ABC", 9), []
     for at in range(number):
         if at % 4 == 3:
-            machine, size = rng.choice("ABC"), rng.randint(0, 9)
-            most[machine] = size
-            lines.append(f"change: {machine} takes at most {size}")
+            most[machine := rng.choice("ABC")] = rng.randint(0, 9)
+            lines.append(f"change: {machine} takes at most {most[machine]}")
         else:
             lines.append(f"order {at}: size {rng.randint(0, max(most.values()))}")
     return lines
 
 
-def violations(lines: list[str], plan: dict[str, str]) -> int:
-    """Orders without a machine, or on one that could not take them at their moment."""
+def violations(lines: list[str], plan: dict[str, str]) -> int:  # orders on no fitting machine
     most, wrong = dict.fromkeys("ABC", 9), 0
     for line in lines:
         if change := re.fullmatch(CHANGE, line):
@@ -46,30 +43,27 @@ def violations(lines: list[str], plan: dict[str, str]) -> int:
 
 
 def scripted(context: str) -> str:
-    """Sees the live context only: what is in force stands in its state."""
     states = re.findall(r"<think>(\{.*?\})</think>", context)
     most = json.loads(states[-1]) if states else dict.fromkeys("ABC", 9)
-    seen, action = context.rpartition("<result>")[2], '<tool>{"name": "next"}</tool>'
+    seen, call = context.rpartition("<result>")[2], {"name": "next"}
     if change := re.search(CHANGE, seen):
         most[change[1]] = int(change[2])
     elif order := re.search(ORDER, seen):
         fits = next(machine for machine in "ABC" if most[machine] >= int(order[2]))
         call = {"name": "plan", "arguments": {"order": order[1], "machine": fits}}
-        action = f"<tool>{json.dumps(call)}</tool>"
-    elif "the shift is over" in seen:
-        action = "<answer>done</answer>"
+    action = "<answer>done</answer>" if "is over" in seen else f"<tool>{json.dumps(call)}</tool>"
     return f"<think>{json.dumps(most)}</think>{action}"
 
 
 def main(model: Any = None, tokenizer: Any = None, max_turns: int = 80) -> tuple[Any, int]:
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         line, path, lines = Path(folder) / "line.txt", Path(folder) / "plan.json", events()
-        line.write_text("\n".join([*lines, "the shift is over"]))
         path.write_text("{}")
+        line.write_text("\n".join([*lines, "the shift is over"]))
         news = iter(line.read_text().splitlines())
 
         def plan(order: str, machine: str) -> str:
-            """Puts an order on a machine: A, B or C."""
+            """Puts an order on machine A, B or C."""
             path.write_text(json.dumps(json.loads(path.read_text()) | {order: machine}))
             return "planned"
 
@@ -78,7 +72,7 @@ def main(model: Any = None, tokenizer: Any = None, max_turns: int = 80) -> tuple
         agent = MemoryEfficientAgent(model, tokenizer=tokenizer, engine=engine, environment=box)
         result = agent.process("Plan each order on a machine that fits.", max_turns=max_turns)
         wrong = violations(lines, json.loads(path.read_text()))
-    print(f"{len(result.turns)} turns, {wrong} violations, context at most {result.peak_context:,}")
+    print(f"{len(result.turns)} turns, {wrong} violations, at most {result.peak_context} tokens")
     return result, wrong
 
 

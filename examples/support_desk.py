@@ -63,14 +63,14 @@ def scripted(context: str) -> str:
     return f"{state}<answer>{seen[-1]}</answer>"
 
 
-def main(model: Any = None, tokenizer: Any = None) -> tuple[list[Any], list[tuple[Any, ...]]]:
+def main(model: Any = None, tokenizer: Any = None, max_turns: int = 6) -> tuple[list[Any], Any]:
     with tempfile.TemporaryDirectory() as folder:
         desk = Desk(Path(folder) / "orders.db")
         engine = TextEngine(scripted) if model is None else "pruned"
         box = ToolBox([Tool.of(desk.look_up), Tool.of(desk.refund)])
         options = {"engine": engine, "environment": box, "memory": Path(folder) / "memory.db"}
         agent = MemoryEfficientAgent(model, tokenizer=tokenizer, **options)
-        results = [agent.process(text, user=user, max_turns=6) for user, text in TICKETS]
+        results = [agent.process(text, user=user, max_turns=max_turns) for user, text in TICKETS]
         orders = desk.sql("SELECT id, state FROM orders ORDER BY id")
     print(*[f"{user}: {r.answer}" for (user, _), r in zip(TICKETS, results)], orders, sep="\n")
     return results, orders

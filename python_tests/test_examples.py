@@ -205,14 +205,14 @@ def test_support_desk():
     refunds = ["refunded: voucher", "refunded: money", "refunded: voucher"]
     assert orders == list(enumerate(refunds, 1))
     assert [result.answer for result in results] == ["refunded", "refunded", "refunded", "unknown"]
-    assert "voucher." in results[2].prompt and "voucher." not in results[1].prompt
+    assert "wants: voucher" in results[2].prompt and "wants: voucher" not in results[1].prompt
 
 
 def test_production_line(monkeypatch):
     module = example("production_line")
     watched = Watched(monkeypatch, module)
     result, wrong = module.main()
-    assert (len(result.turns), wrong) == (71, 0)
+    assert (len(result.turns), wrong) == (72, 0)
     assert max(watched.sizes[40:]) <= 1.1 * max(watched.sizes[2:40])
     assert module.violations(module.events(), {}) == 30
 
@@ -220,8 +220,7 @@ def test_production_line(monkeypatch):
 @pytest.mark.parametrize("name", ["research", "support_desk", "production_line"])
 def test_an_application_takes_any_model(name):
     """Random weights solve nothing, and each counts what they did."""
-    options = {} if name == "support_desk" else {"max_turns": 1}
-    outcome = example(name).main(*small_model(), **options)
+    outcome = example(name).main(*small_model(), max_turns=1)
     if name == "research":
         assert outcome.reward == 0
     else:
