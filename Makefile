@@ -53,6 +53,25 @@ demo-llm: $(if $(MODEL),$(READY),model)
 test: $(READY)
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The adapters against the real packages, in environments that also see what $(VENV) has.
+PLUGS_VENV ?= $(VENV)-plugs
+PLUGS_TESTS := $(addprefix python_tests/test_plugs_,mcp.py games.py)
+VERIFIERS_TESTS := $(addprefix python_tests/test_plugs_,verifiers.py openenv.py)
+
+.PHONY: test-plugs
+test-plugs: $(PLUGS_VENV)/.ready $(PLUGS_VENV)-verifiers/.ready
+	$(PLUGS_VENV)/bin/python -m pytest $(PLUGS_TESTS)
+	$(PLUGS_VENV)-verifiers/bin/python -m pytest $(VERIFIERS_TESTS)
+
+$(PLUGS_VENV)/.ready: requirements/plugs.txt | $(READY)
+$(PLUGS_VENV)-verifiers/.ready: requirements/plugs-verifiers.txt | $(READY)
+$(PLUGS_VENV)/.ready $(PLUGS_VENV)-verifiers/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -r $<
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	  > $$($(@D)/bin/python -c "import site; print(site.getsitepackages()[0])")/zz_base.pth
+	touch $@
+
 bench: $(READY)
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
