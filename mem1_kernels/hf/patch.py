@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -453,14 +453,17 @@ def _close_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
         raise ValueError(f"plan: {type(module).__name__} does not hand it to its attention")
 
 
-@dataclass
 class _Arrival:
-    """Goes through the layers with a plan; `seen` once the plan has reached an attention."""
+    """Goes through the layers with a plan; `seen` once the plan has reached an attention.
 
-    group: dist.ProcessGroup | None = None  # that shares the row
-    seen: bool = False
-    rope: Rope | None = None  # where the plan is of "compact" positions
-    angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    No dataclass: FSDP hands each layer a copy of those, to cast the tensors in them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group  # that shares the row
+        self.seen = False
+        self.rope: Rope | None = None  # where the plan is of "compact" positions
+        self.angles: dict[int, tuple[Tensor, Tensor]] = {}
 
     def turned(self, x: Tensor, plan: BlockPlan, layer: int) -> Tensor:
         """`x` `[batch, heads, tokens, head_dim]` at the positions where it meets what is not of the

@@ -118,13 +118,11 @@ def samples_of(micro_batch: Any) -> list[Sample]:
     Raises:
         ValueError: a sample without a layout, or one of another length.
     """
-    fields = micro_batch["extra_fields"]
-    fields = fields.tolist() if hasattr(fields, "tolist") else list(fields)
     lengths = micro_batch["input_ids"].offsets().diff().tolist()
     masks = micro_batch["response_mask"].unbind()
     samples = []
-    for own, length, mask in zip(fields, lengths, masks, strict=True):
-        runs = (getattr(own, "data", own) or {}).get(KEY)
+    for own, length, mask in zip(extra_fields(micro_batch), lengths, masks, strict=True):
+        runs = own.get(KEY)
         sample = None if runs is None else decode_runs(runs)
         if not bool(mask.any()) and (sample is None or sample.num_tokens != length):
             sample = causal(length)
@@ -139,6 +137,13 @@ def samples_of(micro_batch: Any) -> list[Sample]:
             )
         samples.append(sample)
     return samples
+
+
+def extra_fields(batch: Any) -> list[dict[str, Any]]:
+    """What the agent loop put into each sample's `extra_fields`."""
+    fields = batch["extra_fields"]
+    fields = fields.tolist() if hasattr(fields, "tolist") else list(fields)
+    return [getattr(own, "data", own) or {} for own in fields]
 
 
 def padded(packed: PackedSamples, padding: int) -> tuple[Tensor, Tensor]:

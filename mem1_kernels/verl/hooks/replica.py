@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from verl.plugin.platform import get_platform
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_name, get_resource_name
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.rollout.base import BaseRollout
@@ -41,6 +42,7 @@ class Mem1Server:
 
     def __init__(self, config: Any, model_config: Any, replica_rank: int) -> None:
         self.config = config
+        model_config = omega_conf_to_dataclass(model_config)
         self.device = torch.device(get_device_name())
         dtype = PrecisionType.to_dtype(config.dtype)
         model = AutoModelForCausalLM.from_pretrained(

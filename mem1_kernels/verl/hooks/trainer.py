@@ -12,6 +12,7 @@ import transfer_queue as tq
 from mem1_kernels.hf import is_patched
 from mem1_kernels.verl import plugin
 from mem1_kernels.verl.figures import check_gap, episode_metrics, gap_metrics
+from mem1_kernels.verl.hooks.engine import extra_fields
 from mem1_kernels.verl.hooks.loop import EPISODES
 from mem1_kernels.verl.refused import OPTIONS, VENDOR, asks_for_mem1, selected
 from mem1_kernels.verl.settings import Settings
@@ -59,10 +60,8 @@ def step_metrics(config: Any, batch: Any) -> dict[str, float]:
         keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS
     )
     real = [not tag.get("is_padding", False) for tag in batch.tags]
-    fields = data["extra_fields"].tolist()
-    figures = [
-        getattr(own, "data", own)[EPISODES] for own, keep in zip(fields, real, strict=True) if keep
-    ]
+    fields = zip(extra_fields(data), real, strict=True)
+    figures = [own[EPISODES] for own, keep in fields if keep]
     metrics = episode_metrics(figures)
     mask = data["response_mask"].values().bool()
     sampled, trained = (data[name].values() for name in FIELDS[:2])
