@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import ray
 import torch
 from configs import GRPO, PPO, TREE, make_config
+from ray.util.placement_group import PlacementGroup
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
 ULYSSES = """
@@ -35,10 +37,24 @@ def train(cluster: Path, folder: Path, name: str, *overrides: str) -> list[dict[
         run_ppo(config, TaskRunnerV1)
     except ray.exceptions.RayTaskError as error:
         failure = str(error)
+    finally:
+        give_back_devices()
     if failure:
         raise RuntimeError(failure)
     lines = (cluster / "test" / f"{name}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def give_back_devices() -> None:
+    """verl leaves its placement groups to the end of Ray."""
+    for number, group in ray.util.placement_group_table().items():
+        if group["state"] != "REMOVED":
+            identity = ray.PlacementGroupID(bytes.fromhex(number))
+            ray.util.remove_placement_group(PlacementGroup(identity))
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("GPU") != 2:
+        assert time.monotonic() < deadline, "the devices are not free again"
+        time.sleep(0.2)
 
 
 def check(steps: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, float]]:
@@ -67,9 +83,11 @@ def test_grpo_on_trees_with_lora(cluster: Path, folder: Path) -> None:
 
 def test_ppo_on_kept_rollouts_with_shared_rows(cluster: Path, folder: Path) -> None:
     """Actor, reference and critic under Ulysses: both processes hold a part of each row."""
-    metrics = check(train(cluster, folder, "ulysses", *PPO, *ULYSSES), [1, 2])
+    once = "actor_rollout_ref.actor.ppo_mini_batch_size=4"  # one update a step
+    metrics = check(train(cluster, folder, "ulysses", *PPO, *ULYSSES, once), [1, 2])
     assert all(figures["critic/grad_norm"] > 0 for figures in metrics)
-    assert metrics[0]["actor/kl_loss"] == pytest.approx(0, abs=1e-6)  # reference = actor
+    # The first update's actor is the reference, so their log-probs differ by rounding.
+    assert abs(metrics[0]["actor/kl_loss"]) < 1e-9 < metrics[1]["actor/kl_loss"]
 
 
 def test_ppo_on_trees_goes_on_from_a_checkpoint(cluster: Path, folder: Path) -> None:
