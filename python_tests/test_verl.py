@@ -13,7 +13,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from mem1_kernels import BlockPlan, Segment, Trajectory, keep_last, mem1, pack, unroll  # noqa: E402
+from mem1_kernels import BlockPlan, Trajectory, keep_last, mem1, pack, unroll  # noqa: E402
 from mem1_kernels.agent import tags  # noqa: E402
 from mem1_kernels.agent.environment import Step  # noqa: E402
 from mem1_kernels.agent.tasks import VOCABULARY, ChainTask, TableEnvironment  # noqa: E402

@@ -32,7 +32,7 @@ def load() -> None:
         importlib.import_module("mem1_kernels.verl.hooks.register")
     except Exception as error:  # raised by `check` once a config asks for the plugin
         failure = error
-    module = importlib.import_module("verl.utils.config")
+    module: Any = importlib.import_module("verl.utils.config")
     module.validate_config = checked(module.validate_config)
 
 

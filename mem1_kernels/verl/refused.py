@@ -132,9 +132,9 @@ def check_config(config: Any, environment: Mapping[str, str] = os.environ) -> Se
     vendor = selected(config, path) or environment.get(VENDOR)
     if vendor != "mem1":
         raise ValueError(
-            f"{VENDOR}: expected 'mem1' in the workers' environment (+{path}=mem1), got {vendor!r}: "
-            "verl's own engines drop the plan without an error, and actor, reference and critic "
-            "would be causal"
+            f"{VENDOR}: expected 'mem1' in the workers' environment (+{path}=mem1), got "
+            f"{vendor!r}: verl's own engines drop the plan without an error, and actor, reference "
+            "and critic would be causal"
         )
     options = selected(config, OPTIONS)
     settings = Settings.read(None if options is None else dict(options.items()))

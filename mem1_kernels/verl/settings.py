@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
-from mem1_kernels.agent.environment import Environment
 from mem1_kernels.agent.qa import QATask, RetrievalQA
 from mem1_kernels.agent.retrieval import open_retriever
 from mem1_kernels.agent.tags import MEM1, PAPER, WEBSHOP, TagSet
@@ -82,7 +81,7 @@ class Settings:
             if value is not None and (type(value) not in (int, float) or not value > 0):
                 raise ValueError(f"{name}: expected a number above 0, got {value!r}")
         if not self.environment:
-            raise ValueError("environment: expected one, such as 'chain' or 'module:name', got none")
+            raise ValueError("environment: expected one, such as 'chain', got none")
         if self.environment not in TASKS and ":" not in self.environment:
             names = ", ".join(TASKS)
             raise ValueError(
@@ -223,7 +222,7 @@ def _rows_ask(size: int, rng: random.Random) -> Any:
     raise ValueError("extra_info: expected questions, as environment 'qa' draws none")
 
 
-def _with_tags(make: Callable[[], Any], tags: TagSet) -> Callable[[], Environment]:
+def _with_tags(make: Callable[[], Any], tags: TagSet) -> Callable[[], Any]:
     environment = make()
     if not isinstance(environment, RetrievalQA):
         raise ValueError(

@@ -24,6 +24,7 @@ os.environ.update(
 import pytest  # noqa: E402
 import ray  # noqa: E402
 import verl  # noqa: E402, F401
+
 from configs import make_model  # noqa: E402
 
 

@@ -1,4 +1,4 @@
-"""verl's workers in this process, without Ray: what the engines compute for one batch of samples."""
+"""verl's workers in this process, without Ray: what the engines compute for a batch of samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from configs import PPO, make_config
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 from verl.utils import tensordict_utils as tu
@@ -21,6 +20,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker, TrainingWorkerConfig
 from worlds import Talk
 
+from configs import PPO, make_config
 from mem1_kernels import BlockPlan
 from mem1_kernels.agent.tasks import ChainTask
 from mem1_kernels.hf import patched

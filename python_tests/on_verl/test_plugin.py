@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from configs import GRPO, PPO, make_config
 from verl.utils.config import validate_config
 from verl.workers.engine import EngineRegistry
 from verl.workers.rollout.base import get_rollout_class
 from verl.workers.rollout.replica import get_rollout_replica_class
 
+from configs import GRPO, PPO, make_config
 from mem1_kernels.verl import plugin
 from mem1_kernels.verl.refused import ITEMS, asks_for_mem1, selected
 
@@ -113,7 +113,5 @@ def test_a_plugin_that_does_not_load(folder: Path, tmp_path: Path) -> None:
 
 
 def test_engines_of_verl(folder: Path) -> None:
-    said = main(
-        folder, *GRPO, "~ray_kwargs.ray_init.runtime_env.env_vars", VERL_ENGINE_VENDOR=""
-    )
+    said = main(folder, *GRPO, "~ray_kwargs.ray_init.runtime_env.env_vars", VERL_ENGINE_VENDOR="")
     assert "ValueError: VERL_ENGINE_VENDOR: expected 'mem1'" in said

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import ray
 import torch
-from configs import GRPO, PPO, TREE, make_config
 from ray.util.placement_group import PlacementGroup
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+
+from configs import GRPO, PPO, TREE, make_config
 
 ULYSSES = """
 actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2

@@ -78,7 +78,8 @@ class Mem1EngineWithLMHead(_Planned, FSDPEngineWithLMHead):
     def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         inputs, outputs = super().prepare_model_inputs(micro_batch)
         if outputs["rows"] is not None:
-            inputs["logits_to_keep"] = outputs["rows"]  # gathered before the head: no copy of logits
+            # Gathered before the head, so that there is no copy of the logits.
+            inputs["logits_to_keep"] = outputs["rows"]
         return inputs, outputs
 
 

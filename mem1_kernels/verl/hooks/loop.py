@@ -50,9 +50,7 @@ class Mem1AgentLoop(AgentLoopBase):
             room=self.rollout_config.response_length,
         )
         temperature = float(sampling_params["temperature"])
-        played = await loop.run_in_executor(
-            _THREADS, play, self.settings, row, engine, temperature
-        )
+        played = await loop.run_in_executor(_THREADS, play, self.settings, row, engine, temperature)
         return output_of(played, int(row.get("global_steps", 0)))
 
     async def _ask(self, name: str, request: Request, sampling_params: dict[str, Any]) -> Reply:

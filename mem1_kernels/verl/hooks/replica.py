@@ -45,7 +45,7 @@ class Mem1Server:
         model_config = omega_conf_to_dataclass(model_config)
         self.device = torch.device(get_device_name())
         dtype = PrecisionType.to_dtype(config.dtype)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             model_config.local_path,
             dtype=dtype,
             trust_remote_code=model_config.trust_remote_code,
@@ -170,7 +170,7 @@ class Mem1Server:
 
         if self.adapted is None:
             self.adapted = get_peft_model(self.model, LoraConfig(**peft_config)).eval()
-        loaded = set_peft_model_state_dict(self.adapted, weights)
+        loaded: Any = set_peft_model_state_dict(self.adapted, weights)
         if loaded.unexpected_keys:
             raise ValueError(f"weights: the adapter has no {loaded.unexpected_keys[0]!r}")
         self.step = step
@@ -224,7 +224,7 @@ class Mem1Replica(RolloutReplica):
         (worker,) = self.workers
         node, accelerator = await worker.__ray_call__.remote(_whereabouts)
         platform = get_platform()
-        variables = {name: "1" for name in platform.ray_noset_envvars()}
+        variables = dict.fromkeys(platform.ray_noset_envvars(), "1")
         server = (
             ray.remote(Mem1Server)
             .options(

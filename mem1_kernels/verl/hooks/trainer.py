@@ -56,9 +56,7 @@ def step_metrics(config: Any, batch: Any) -> dict[str, float]:
         ValueError: log-probs that differ by more than the tolerance.
         RuntimeError: no episode of the batch went well.
     """
-    data = tq.kv_batch_get(
-        keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS
-    )
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=FIELDS)
     real = [not tag.get("is_padding", False) for tag in batch.tags]
     fields = zip(extra_fields(data), real, strict=True)
     figures = [own[EPISODES] for own, keep in fields if keep]
@@ -84,9 +82,11 @@ def check_engines(trainer: Any) -> None:
         groups["critic"] = trainer.critic_wg
     for role, group in groups.items():
         try:
-            said = ray.get([worker.__ray_call__.remote(describe_engines) for worker in group.workers])
+            said = ray.get(
+                [worker.__ray_call__.remote(describe_engines) for worker in group.workers]
+            )
         except ray.exceptions.RayTaskError as error:
-            raise RuntimeError(f"mem1_kernels: cannot be imported by the workers of {role}") from error
+            raise RuntimeError(f"{role}: its workers cannot import mem1_kernels") from error
         for rank, engines in enumerate(said):
             for name, mine, patched, failure in engines:
                 if not (mine and patched):
