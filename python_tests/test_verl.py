@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
+import runpy
 import uuid
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -491,3 +493,14 @@ class TestFigures:
         assert metrics["mem1/failed_episodes"] == 1 and metrics["mem1/turns_mean"] == 2
         with pytest.raises(RuntimeError, match="every episode of this step failed.*no shop"):
             figures.episode_metrics([bad, bad])
+
+
+def test_rows_of_the_example(tmp_path: Any) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = Path(__file__).parents[1] / "examples/verl/make_data.py"
+    main = runpy.run_path(str(path))["main"]
+    main([str(tmp_path), "--rows", "5", "--sizes", "2", "3"])
+    rows = parquet.read_table(tmp_path / "train.parquet").to_pylist()
+    world = Settings("chain").world()
+    searches = [task_of(row, world).searches for row in rows]
+    assert len(searches) == 5 and set(searches) <= {2, 3}

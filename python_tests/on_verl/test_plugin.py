@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
 from verl.utils.config import validate_config
 from verl.workers.engine import EngineRegistry
 from verl.workers.rollout.base import get_rollout_class
@@ -16,6 +17,8 @@ from verl.workers.rollout.replica import get_rollout_replica_class
 from configs import GRPO, PPO, make_config
 from mem1_kernels.verl import plugin
 from mem1_kernels.verl.refused import ITEMS, asks_for_mem1, selected
+
+EXAMPLES = Path(__file__).parents[2] / "examples/verl"
 
 
 def validate(config: object) -> None:
@@ -115,3 +118,34 @@ def test_a_plugin_that_does_not_load(folder: Path, tmp_path: Path) -> None:
 def test_engines_of_verl(folder: Path) -> None:
     said = main(folder, *GRPO, "~ray_kwargs.ray_init.runtime_env.env_vars", VERL_ENGINE_VENDOR="")
     assert "ValueError: VERL_ENGINE_VENDOR: expected 'mem1'" in said
+
+
+@pytest.mark.parametrize("model", ["7B", "14B"])
+@pytest.mark.parametrize("rollout", ["mem1", "vllm"])
+@pytest.mark.parametrize("script", ["grpo_1x4_h100.sh", "ppo_4x8_h100.sh"])
+def test_the_commands_of_the_examples(
+    folder: Path, tmp_path: Path, script: str, rollout: str, model: str
+) -> None:
+    """Every override is one of verl's, and what they make is not refused."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\nfor override in "$@"; do echo "$override"; done\n')
+    fake.chmod(0o755)
+    said = subprocess.run(
+        ["bash", str(EXAMPLES / script)],
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "MODEL": f"Qwen/Qwen2.5-{model}",
+            "ROLLOUT": rollout,
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    module, *overrides = said.stdout.split()[1:]
+    assert module == "verl.trainer.main_ppo"
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=overrides)
+    config.actor_rollout_ref.model.path = config.critic.model.path = str(folder)
+    validate(config)
+    length = config.data.max_prompt_length + config.data.max_response_length
+    assert length <= config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
