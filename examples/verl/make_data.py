@@ -1,7 +1,7 @@
 """Rows of data for verl: which episodes to play. `python examples/verl/make_data.py OUT [--rows N]`
 
-verl reads a table with a row per prompt. The environment draws its task from the row's `size` (here
-the number of questions, or of hops) and `seed`; the column `prompt` is not used, but verl wants one.
+verl reads a table with a row per prompt. The environment draws its task from the row's `size` (such
+as the number of questions) and `seed`. The column `prompt` is not used, but verl wants one.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ class Request:
         max_tokens: the most tokens to write.
         stop_ids, stop_strings: what ends the turn.
         temperature: of sampling; 0 is greedy.
+        opens: the session begins with this turn.
         close: nothing is to be written; the session ends.
     """
 
@@ -45,6 +46,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     temperature: float = 1.0
+    opens: bool = False
     close: bool = False
 
 
@@ -166,6 +168,7 @@ class _RemoteBackend:
             stop_ids=tuple(generation.stop_ids),
             stop_strings=tuple(generation.stop_strings),
             temperature=generation.temperature,
+            opens=not row.turns,
         )
         try:
             reply = engine.write(request)

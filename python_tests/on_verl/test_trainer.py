@@ -70,9 +70,12 @@ def check(steps: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, flo
 
 
 def test_grpo_on_kept_rollouts(cluster: Path, folder: Path) -> None:
-    """One episode in four ends before its time: counted, trained on as far as it went."""
-    steps = train(cluster, folder, "grpo", *GRPO, f"{WORLD}worlds:sometimes_breaks")
+    """One episode in four ends before its time: counted, trained on as far as it went. Validation
+    comes behind the second step."""
+    validation = ["trainer.test_freq=2", "data.val_max_samples=4"]
+    steps = train(cluster, folder, "grpo", *GRPO, *validation, f"{WORLD}worlds:sometimes_breaks")
     metrics = check(steps, [1, 2])
+    assert any(name.startswith("val-core/talk/reward") for name in metrics[1])
     assert all(figures["num_turns/max"] > 1 for figures in metrics)
     assert any(0 < figures["mem1/failed_episodes"] < 16 for figures in metrics)
 

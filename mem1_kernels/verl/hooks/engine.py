@@ -25,7 +25,7 @@ from mem1_kernels.verl.layout import PackedSamples, Sample, causal, decode_runs,
 KEY = "mem1"
 """Where in a sample's `extra_fields` its runs are."""
 
-DEVICES = ["cuda", "npu", "cpu"]
+DEVICES = ["cuda", "cpu"]
 
 
 class _Planned:

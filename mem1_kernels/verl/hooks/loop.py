@@ -54,10 +54,14 @@ class Mem1AgentLoop(AgentLoopBase):
         return output_of(played, int(row.get("global_steps", 0)))
 
     async def _ask(self, name: str, request: Request, sampling_params: dict[str, Any]) -> Reply:
-        session = {}
+        session: dict[str, Any] = {}
         if self.settings.form(self.backend) == "kept":
-            kept = {"id": name, "operations": request.operations, "close": request.close}
-            session = {"session": kept}
+            session["session"] = {
+                "id": name,
+                "operations": request.operations,
+                "opens": request.opens,
+                "close": request.close,
+            }
         output = await self.server_manager.generate(
             name,
             prompt_ids=request.context or [0],

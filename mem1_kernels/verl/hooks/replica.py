@@ -85,11 +85,11 @@ class Mem1Server:
             self._stops(sampling_params),
             sampling_params["temperature"],
         )
-        sessions = await self._begin(name, job)
+        await self._begin(name, job, opens=session is None or session["opens"])
         done = asyncio.get_running_loop().create_future()
         self.waiting[name] = job, done
         if self.loop is None or self.loop.done():
-            self.loop = asyncio.create_task(self._go_on(sessions))
+            self.loop = asyncio.create_task(self._go_on())
         await done
         if session is None:
             self._close(name)
@@ -101,14 +101,15 @@ class Mem1Server:
             extra_fields={"global_steps": self.step},
         )
 
-    async def _begin(self, name: str, job: Job) -> Sessions:
+    async def _begin(self, name: str, job: Job, opens: bool) -> None:
+        """Hands a job to its session; one that opens waits for a free row."""
+        if opens:
+            await self.room.acquire()
+        elif self.sessions is None or name not in self.sessions.row_of:
+            raise ValueError(f"session {name!r} is not there any more")
         if self.sessions is None:
             self.sessions = Sessions(self.model, self.config.max_num_seqs, self.generator)
-        sessions = self.sessions
-        if name not in sessions.row_of:
-            await self.room.acquire()
-        sessions.begin(name, job)
-        return sessions
+        self.sessions.begin(name, job)
 
     def _close(self, name: str) -> None:
         if self.sessions is not None and name in self.sessions.row_of:
@@ -127,18 +128,15 @@ class Mem1Server:
 
         return stops
 
-    async def _go_on(self, sessions: Sessions) -> None:
+    async def _go_on(self) -> None:
         """Steps until nothing is left to write; what it raises ends every episode that waits."""
         try:
-            while sessions.step():
+            while self.sessions is not None and self.sessions.step():
                 for name in [n for n, (job, _) in self.waiting.items() if job.reply]:
                     self.waiting.pop(name)[1].set_result(None)
                 await asyncio.sleep(0)  # requests come in
         except Exception as error:
-            for _, done in self.waiting.values():
-                done.set_exception(error)
-            self.waiting.clear()
-            self._forget()
+            self._forget(error)
 
     async def load(
         self, weights: dict[str, Tensor], step: int | None, first: bool, last: bool
@@ -186,7 +184,11 @@ class Mem1Server:
             self.model.to("cpu")
             get_platform().empty_cache()
 
-    def _forget(self) -> None:
+    def _forget(self, error: Exception | None = None) -> None:
+        """Ends all sessions; turns that are being written end with the error."""
+        for _, done in self.waiting.values():
+            done.set_exception(error or RuntimeError("rollout: the sessions were ended"))
+        self.waiting.clear()
         if self.sessions is not None:
             for name in list(self.sessions.row_of):
                 self._close(name)

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import ray
+import torch
 import transfer_queue as tq
 
 from mem1_kernels.hf import is_patched
@@ -61,8 +62,8 @@ def step_metrics(config: Any, batch: Any) -> dict[str, float]:
     fields = zip(extra_fields(data), real, strict=True)
     figures = [own[EPISODES] for own, keep in fields if keep]
     metrics = episode_metrics(figures)
-    mask = data["response_mask"].values().bool()
-    sampled, trained = (data[name].values() for name in FIELDS[:2])
+    sampled, trained, mask = (torch.cat(list(data[name].unbind())) for name in FIELDS[:3])
+    mask = mask.bool()
     gaps = gap_metrics(sampled[mask], trained[mask])
     options = selected(config, OPTIONS)
     settings = Settings.read(dict(options.items()))
