@@ -15,6 +15,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from agent_models import make_tokenizer  # noqa: E402
+
 from mem1_kernels import BlockPlan, Trajectory, keep_last, mem1, pack, unroll  # noqa: E402
 from mem1_kernels.agent import tags  # noqa: E402
 from mem1_kernels.agent.environment import Step  # noqa: E402
@@ -282,6 +284,51 @@ class TestEpisode:
         assert first_stop(ids, (), ("</a>", "</b>"), Letters()) == 7
         assert first_stop(ids, (ord("e"),), ("</a>",), Letters()) == 3
         assert first_stop(ids, (), ("</b>",), Letters()) is None
+
+    @pytest.mark.parametrize("positions", ["kept", "reprefill"])
+    def test_an_episode_in_text_under_the_tags_of_a_row(
+        self, tmp_path: Any, positions: Any
+    ) -> None:
+        """Of a server that knows no stop strings; what it writes behind a stop does not count."""
+        pytest.importorskip("bm25s")
+        corpus = tmp_path / "corpus.jsonl"
+        corpus.write_text('{"id": "1", "contents": "Chad\\nIts capital is N\'Djamena."}\n')
+        tokenizer = make_tokenizer()
+        script = [
+            "<IS>look</IS><query>capital Chad</query> and on",
+            "<IS>found</IS><answer>N'Djamena</answer><answer>Paris</answer>",
+        ]
+        requests: list[Request] = []
+
+        def write(request: Request) -> Reply:
+            if request.close:
+                return Reply([], [])
+            requests.append(request)
+            ids = tokenizer.encode(script[len(requests) - 1], add_special_tokens=False)
+            return Reply(ids, [-0.5] * len(ids))
+
+        row = {
+            "extra_info": {
+                "questions": ["What is the capital of Chad?"],
+                "golden_answers": [["N'Djamena"]],
+                "tags": "PAPER",
+                "retention": "keep_last(1)",
+            }
+        }
+        settings = Settings("qa", corpus=str(corpus), max_new_tokens=200)
+        sample = play(settings, row, RemoteEngine(write, positions, tokenizer, 2000), 1.0)
+        assert (sample.reward, sample.turns, sample.error) == (1.0, 2, "")
+        assert set(requests[0].stop_strings) == {"</query>", "</answer>"}
+        text = tokenizer.decode(sample.response_ids)
+        assert text.endswith("<answer>N'Djamena</answer>") and "and on" not in text
+        written = [i for i, m in zip(sample.response_ids, sample.response_mask, strict=True) if m]
+        assert tokenizer.decode(written).count("</query>") == 1
+        assert "Its capital is" not in tokenizer.decode(written)
+        if positions == "kept":
+            assert [kind for kind, _ in requests[1].operations] == ["read", "drop"]
+            assert requests[0].opens and not requests[1].opens
+        else:
+            assert requests[1].context[: len(sample.prompt_ids)] == sample.prompt_ids
 
 
 class TestSessions:
