@@ -536,8 +536,10 @@ class TestFigures:
     def test_episodes(self) -> None:
         good = {"turns": 3, "peak_context": 20, "tokens": 50, "failed": False, "error": ""}
         bad = {"turns": 1, "peak_context": 5, "tokens": 10, "failed": True, "error": "no shop"}
+        good["scores"], bad["scores"] = {"em": 0.5}, {}
         metrics = figures.episode_metrics([good, bad])
         assert metrics["mem1/failed_episodes"] == 1 and metrics["mem1/turns_mean"] == 2
+        assert metrics["mem1/em_mean"] == 0.5
         with pytest.raises(RuntimeError, match="every episode of this step failed.*no shop"):
             figures.episode_metrics([bad, bad])
 

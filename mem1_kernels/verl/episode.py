@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -20,6 +21,9 @@ from mem1_kernels.verl.layout import Run, encode_runs
 from mem1_kernels.verl.settings import Settings, task_of
 
 logger = logging.getLogger(__name__)
+
+# A world and its lists of tasks are made once, however many episodes begin at the same time.
+_WORLDS = threading.Lock()
 
 Operation: TypeAlias = "tuple[str, list[Any]]"
 """What happened to a session's context: ("read", token ids), or ("drop", [[start, stop], ...]) in
@@ -101,7 +105,12 @@ class RemoteEngine:
     ) -> list[Rollout]:
         """One rollout per prompt, one after the other."""
         rows = open_rows(prompts, generation, self.positions, self.vocabulary)
-        return run_turns(rows, _RemoteBackend(self, generation), respond, generation)
+        backend = _RemoteBackend(self, generation)
+        try:
+            return run_turns(rows, backend, respond, generation)
+        finally:
+            for row in rows:
+                backend.retire(row)
 
 
 @dataclass
@@ -145,9 +154,13 @@ class _RemoteBackend:
         context.fresh += len(token_ids)
 
     def retire(self, row: RolloutRow) -> None:
-        """Ends the row's session."""
-        if self.contexts.pop(row.index, None) is not None and self.engine.positions == "kept":
+        """Ends the row's session, if there is one."""
+        if self.contexts.pop(row.index, None) is None or self.engine.positions != "kept":
+            return
+        try:
             self.engine.write(Request([], [], 0, close=True))
+        except Exception as error:  # what was written counts all the same
+            logger.warning("a session could not be ended", exc_info=error)
 
     def write(self, rows: Sequence[RolloutRow], number: int) -> list[Written]:
         return [self._write(row) for row in rows]
@@ -264,7 +277,9 @@ def play(settings: Settings, row: Any, engine: RemoteEngine, temperature: float)
     """
     try:
         settings = settings.of_row(row)
-        world = settings.world()
+        with _WORLDS:
+            world = settings.world()
+            task = task_of(row, world)
         if world.label is not None:
             raise ValueError("World.label: expected None, as verl's losses take no weights")
         generation = replace(
@@ -276,7 +291,7 @@ def play(settings: Settings, row: Any, engine: RemoteEngine, temperature: float)
         check_world(world, generation.retention)
         episodes = Episodes(
             world.make,
-            [task_of(row, world)],
+            [task],
             engine,
             generation,
             max_info_tokens=settings.max_info_tokens,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 GAP_MAX = "mem1/log_prob_gap_max"
@@ -18,6 +18,7 @@ def gap_metrics(sampled: Tensor, trained: Tensor) -> dict[str, float]:
     Args:
         sampled, trained: `[tokens]`, of what the policy wrote.
 
+    >>> import torch
     >>> gap_metrics(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.5]))
     {'mem1/log_prob_gap_max': 0.5, 'mem1/log_prob_gap_mean': 0.25}
     """
@@ -50,7 +51,10 @@ def episode_metrics(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What a step's episodes came to.
 
     Args:
-        figures: of each episode: turns, peak_context, tokens, failed, error.
+        figures: of each episode: turns, peak_context, tokens, failed, error, and its scores.
+
+    Returns:
+        By name; each score is the mean over the episodes that have it.
 
     Raises:
         RuntimeError: none of them went well: then it is the environment or the rollout.
@@ -58,15 +62,16 @@ def episode_metrics(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     failed = [one for one in figures if one["failed"]]
     if figures and len(failed) == len(figures):
         raise RuntimeError(f"every episode of this step failed; the first: {failed[0]['error']}")
-    numbers = {
-        name: torch.tensor([float(one[name]) for one in figures])
-        for name in ("turns", "peak_context", "tokens")
-    }
     if not figures:
         return {}
+    scores: dict[str, list[float]] = {}
+    for one in figures:
+        for name, score in one["scores"].items():
+            scores.setdefault(name, []).append(score)
     return {
         "mem1/failed_episodes": float(len(failed)),
-        "mem1/turns_mean": float(numbers["turns"].mean()),
-        "mem1/peak_context_max": float(numbers["peak_context"].max()),
-        "mem1/tokens_mean": float(numbers["tokens"].mean()),
+        "mem1/turns_mean": fmean(one["turns"] for one in figures),
+        "mem1/peak_context_max": float(max(one["peak_context"] for one in figures)),
+        "mem1/tokens_mean": fmean(one["tokens"] for one in figures),
+        **{f"mem1/{name}_mean": fmean(values) for name, values in scores.items()},
     }

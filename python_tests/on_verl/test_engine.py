@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,15 @@ ALONE = {
     "LOCAL_WORLD_SIZE": "1",
     "RAY_LOCAL_WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29633",
+    "MASTER_PORT": "0",
 }
 
 
 @pytest.fixture(scope="module")
 def config(folder: Path) -> Iterator[Any]:
-    os.environ.update(ALONE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(ALONE, MASTER_PORT=str(free.getsockname()[1]))
     alone = ["trainer.n_gpus_per_node=1", "actor_rollout_ref.actor.use_kl_loss=False"]
     made = make_config(folder, *PPO, *alone)
     OmegaConf.resolve(made)

@@ -100,6 +100,7 @@ def output_of(played: Played, step: int) -> AgentLoopOutput:
         "tokens": len(played.prompt_ids) + len(played.response_ids),
         "failed": played.failed,
         "error": played.error,
+        "scores": played.scores,
     }
     return AgentLoopOutput(
         prompt_ids=played.prompt_ids,
