@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mem1_kernels.verl.settings import Settings
+if TYPE_CHECKING:
+    from mem1_kernels.verl.settings import Settings
 
 AGENT_LOOP = "actor_rollout_ref.rollout.agent.default_agent_loop"
 ROLLOUT = "actor_rollout_ref.rollout.name"
@@ -119,6 +120,9 @@ def check_config(config: Any, environment: Mapping[str, str] = os.environ) -> Se
         ValueError: an item of `ITEMS`, by its name and with the reason; workers whose engines are
             not this plugin's; options that `Settings` refuses.
     """
+    # Not at the top: every process of verl imports this module, whatever it trains.
+    from mem1_kernels.verl.settings import Settings
+
     backend = selected(config, ROLLOUT)
     roles = ["actor"] if not _has_critic(config) else ["actor", "critic"]
     for item in ITEMS:

@@ -149,3 +149,14 @@ def test_the_commands_of_the_examples(
     validate(config)
     length = config.data.max_prompt_length + config.data.max_response_length
     assert length <= config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
+
+
+def test_nothing_heavy_where_nobody_asks() -> None:
+    """In a process that trains something else."""
+    script = (
+        "import sys, verl\n"
+        "assert 'mem1_kernels.verl.plugin' in sys.modules\n"
+        "assert 'mem1_kernels.verl.hooks.register' not in sys.modules\n"
+    )
+    environment = {**os.environ, "VERL_ENGINE_VENDOR": "nvidia"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)
