@@ -103,11 +103,11 @@ def trajectory(seed: int, policy: Callable[..., Any], turns: int = 4) -> Traject
     return Trajectory(segments, policy)
 
 
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize(("ordered", "packed"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("policy", [mem1, keep_last(2), keep_all, fold])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruning_by_expiry_equals_the_masked_forward(
-    family: str, policy: Callable[..., Any], ordered: bool
+    family: str, policy: Callable[..., Any], ordered: bool, packed: bool
 ) -> None:
     """Row by row the cache holds exactly the keys with `expiry > now`, whatever `now` is."""
     model = build(family)
@@ -133,10 +133,14 @@ def test_pruning_by_expiry_equals_the_masked_forward(
             for number, (row, span) in enumerate(zip(rows, spans, strict=True)):
                 ids[number, : counts[number]] = row.token_ids[span.start : span.stop]
                 expiry.append(int(row.expiry[span.start]) if counts[number] else 0)
-            past.expect(counts, expiry=expiry)
-            out = model(ids, past_key_values=past).logits
+            past.expect(counts, expiry=expiry, packed=packed)
+            taken = torch.arange(width) < torch.tensor(counts)[:, None]
+            if packed:
+                out = model(ids[taken][None], past_key_values=past).logits[0].split(counts)
+            else:
+                out = model(ids, past_key_values=past).logits
             for number, count in enumerate(counts):
-                logits[number].append(out[number, :count])
+                logits[number].append(out[number][:count])
         for row, parts in zip(rows, logits, strict=True):
             assert_close(torch.cat(parts), whole(model, row.token_ids, row.expiry))
         assert past.peak_context <= max(row.peak_context for row in rows)
@@ -484,6 +488,29 @@ class TestExpect:
         past.prune_(100)
         assert past.lengths.tolist() == [8, 9]
 
+    @pytest.mark.parametrize("counts", [[3, 3], [1, 1], [0, 4], [2, 1]])
+    def test_packed_takes_positions_and_goes_on_as_rows(self, counts: list[int]) -> None:
+        model, ids, more = patch(build()), draw(2, 4), draw(2, 2)
+        taken = torch.arange(4) < torch.tensor(counts)[:, None]
+        position_ids = torch.tensor([[0, 3, 4, 9], [5, 6, 8, 11]])
+        ends, caches = [], []
+        for packed in (False, True):
+            past = TrajectoryCache(model, batch_size=2)
+            past.expect(counts, expiry=[7, 9], packed=packed)
+            given = {"input_ids": ids, "position_ids": position_ids}
+            if packed:
+                given = {name: x[taken][None] for name, x in given.items()}
+            else:
+                given = {name: x[:, : max(counts)] for name, x in given.items()}
+            with torch.no_grad():
+                model(past_key_values=past, **given)
+                ends.append(model(more, past_key_values=past).logits)
+            caches.append(past)
+        assert_close(ends[1], ends[0])
+        for name in ("lengths", "position_ids", "expiry"):
+            assert torch.equal(getattr(caches[1], name), getattr(caches[0], name))
+        assert caches[1].get_seq_length() == caches[0].get_seq_length()
+
 
 class TestRefusals:
     @pytest.fixture
@@ -544,6 +571,10 @@ class TestRefusals:
         self.refuse(model, past, "expected at least one new token", input_ids=draw(2, 0))
         past.expect([4, 1])
         self.refuse(model, past, "expect.. announced 4 tokens, got 3")
+        past.expect([4, 1], packed=True)
+        match = r"input_ids: expected \[1, 5\] \(1, what expect\(\) announced\), got \[2, 3\]"
+        self.refuse(model, past, match)
+        self.refuse(model, past, r"\[1, 5\].*, got \[1, 6\]", input_ids=draw(1, 6))
         plan = BlockPlan.from_expiry(torch.full((3,), 3))
         self.refuse(model, past, "plan: a TrajectoryCache keeps its own", plan=plan)
 
@@ -556,6 +587,8 @@ class TestRefusals:
             past.expect(torch.ones(2))
         with pytest.raises(TypeError, match="counts: expected integers, got .True, 2."):
             past.expect([True, 2])
+        with pytest.raises(TypeError, match="packed: expected a bool, got 1"):
+            past.expect([1, 2], packed=1)
         with pytest.raises(ValueError, match=r"expiry: expected \[2\], got \[1\]"):
             past.expect([1, 2], expiry=[5])
 

@@ -15,6 +15,35 @@
 #include "ops.h"
 
 namespace mem1 {
+namespace cpu {
+
+const AttentionKernels& attention_kernels(ElementType type) {
+  switch (simd_level()) {
+#ifdef MEM1_SIMD_AMX
+    case SimdLevel::kAmx:
+      if (type == ElementType::kBFloat16) return attention_amx;
+      return attention_avx512;
+#endif
+#ifdef MEM1_SIMD_AVX512BF16
+    case SimdLevel::kAvx512Bf16:
+      if (type == ElementType::kBFloat16) return attention_avx512bf16;
+      [[fallthrough]];
+#endif
+#ifdef MEM1_SIMD_AVX512
+    case SimdLevel::kAvx512:
+      return attention_avx512;
+#endif
+#ifdef MEM1_SIMD_AVX2
+    case SimdLevel::kAvx2:
+      return attention_avx2;
+#endif
+    default:
+      return attention_default;
+  }
+}
+
+}  // namespace cpu
+
 namespace {
 
 using cpu::kNoTicket;
@@ -151,31 +180,6 @@ cpu::Problem make_problem(const Shape& shape, const at::Tensor& query, double sc
           static_cast<float>(scale), static_cast<float>(softcap)};
 }
 
-const cpu::AttentionKernels& kernels(cpu::ElementType type) {
-  switch (cpu::simd_level()) {
-#ifdef MEM1_SIMD_AMX
-    case cpu::SimdLevel::kAmx:
-      if (type == cpu::ElementType::kBFloat16) return cpu::attention_amx;
-      return cpu::attention_avx512;
-#endif
-#ifdef MEM1_SIMD_AVX512BF16
-    case cpu::SimdLevel::kAvx512Bf16:
-      if (type == cpu::ElementType::kBFloat16) return cpu::attention_avx512bf16;
-      [[fallthrough]];
-#endif
-#ifdef MEM1_SIMD_AVX512
-    case cpu::SimdLevel::kAvx512:
-      return cpu::attention_avx512;
-#endif
-#ifdef MEM1_SIMD_AVX2
-    case cpu::SimdLevel::kAvx2:
-      return cpu::attention_avx2;
-#endif
-    default:
-      return cpu::attention_default;
-  }
-}
-
 // One head of one batch row of [batch, tokens, heads, head_dim].
 cpu::Rows rows_of(const at::Tensor& tensor, int64_t batch, int64_t head) {
   const int64_t offset = batch * tensor.stride(0) + head * tensor.stride(2);
@@ -244,7 +248,7 @@ std::tuple<at::Tensor, at::Tensor> trajectory_attention_fwd_cpu(
   const Shape shape = check_activations(query, key, value);
   const Plan plan = check_plan(shape, query, expiry, floor, rows);
   const cpu::Problem problem = make_problem(shape, query, scale, softcap);
-  const cpu::AttentionKernels& kernel = kernels(problem.type);
+  const cpu::AttentionKernels& kernel = cpu::attention_kernels(problem.type);
 
   const at::Tensor out = at::empty(query.sizes(), query.options());
   const at::Tensor lse =
@@ -257,7 +261,7 @@ std::tuple<at::Tensor, at::Tensor> trajectory_attention_fwd_cpu(
     const int64_t layout = plan.layouts == 1 ? 0 : batch;
     const int64_t tile = plan.order[layout * plan.tiles + index / all_heads];
     kernel.forward(
-        {problem, plan.list(layout, tile), tile, rows_of(query, batch, head),
+        {problem, plan.list(layout, tile), tile * cpu::kTile, rows_of(query, batch, head),
          rows_of(key, batch, kv_head), rows_of(value, batch, kv_head), rows_of(out, batch, head),
          lse.data_ptr<float>() + (batch * shape.heads + head) * shape.tokens,
          packed.head(batch * shape.kv_heads + kv_head)},
@@ -290,7 +294,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_bwd_cpu(
   if (grad_lse) check_lse(*grad_lse, "grad_lse");
   const Plan plan = check_plan(shape, query, expiry, floor, rows);
   const cpu::Problem problem = make_problem(shape, query, scale, softcap);
-  const cpu::AttentionKernels& kernel = kernels(problem.type);
+  const cpu::AttentionKernels& kernel = cpu::attention_kernels(problem.type);
   const at::Tensor lse_rows = lse.contiguous();
   const at::Tensor grad_lse_rows = grad_lse ? grad_lse->contiguous() : at::Tensor();
 

@@ -48,7 +48,7 @@ struct KeyTile {
 struct ForwardTile {
   Problem problem;
   TileList list;
-  int64_t tile;
+  int64_t first_query;  // the token of the first of up to kTile queries
   Rows query, key, value, out;
   float* lse;          // [tokens]
   const char* packed;  // [key tiles] of a level that packs them
@@ -120,6 +120,9 @@ struct AttentionKernels {
   int64_t (*packed_bytes)(int head_dim, bool backward);
   void (*pack)(const KeyTile& tile);
 };
+
+// Those that are fastest here for such elements.
+const AttentionKernels& attention_kernels(ElementType type);
 
 extern const AttentionKernels attention_default;
 extern const AttentionKernels attention_avx2;

@@ -484,7 +484,7 @@ void find_base(const Exponent& exponent, bool softcap, const Mask& mask, int que
   }
   step->rescaled = false;
   for (int v = 0; v < 2; ++v) {
-    const Vec own = top[v] == -INFINITY ? top[v] : top[v] * exponent.c;
+    const Vec own = top[v] == -INFINITY ? top[v] : round_up(top[v] * exponent.c);
     const __mmask16 move = _mm512_cmp_ps_mask(own, base[v] + kBaseSlack, _CMP_GT_OQ);
     step->base[v] = _mm512_mask_mov_ps(base[v], move, own);
     step->rescale[v] = base[v] == -INFINITY ? Vec{} : exp2(base[v] - step->base[v]);
@@ -499,7 +499,7 @@ void forward_block(const ForwardTile& tile, int query_block, Mask* mask, float* 
   const Problem& problem = tile.problem;
   const int head_dim = problem.head_dim, chunks = head_chunks(head_dim);
   const int padded = static_cast<int>(amx_head(head_dim));
-  const int64_t first_query = tile.tile * kTile + query_block * kBlock;
+  const int64_t first_query = tile.first_query + query_block * kBlock;
   const int queries = mask->queries - query_block * kBlock;
 
   ByteScratch memory(scratch);
@@ -599,7 +599,7 @@ void forward_block(const ForwardTile& tile, int query_block, Mask* mask, float* 
 
 void forward_tile(const ForwardTile& tile, float* scratch) {
   take_tile_registers();
-  Mask mask(tile.list, tile.tile, tile.problem.tokens);
+  Mask mask(tile.list, tile.first_query, tile.problem.tokens);
   for (int q = 0; q * kBlock < mask.queries; ++q) forward_block(tile, q, &mask, scratch);
   _tile_release();
 }
@@ -697,7 +697,7 @@ void backward_tile(const BackwardTile& tile, float* scratch) {
   const Exponent exponent(problem.scale, problem.softcap);
   const bool softcap = problem.softcap != 0;
   bool fresh[kBlocks] = {true, true, true, true};
-  Mask mask(list, tile.tile, problem.tokens);
+  Mask mask(list, first_query, problem.tokens);
   for (Ascending entries(list); !entries.done();) {
     const int entry = entries.next();
     const bool partial = entry < list.partial;

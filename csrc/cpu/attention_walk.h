@@ -37,8 +37,8 @@ struct Mask {
   alignas(64) int32_t expiry[kTile];  // of each key; 0 behind the last token
   alignas(64) bool alive[kTile];      // keys that see themselves
 
-  Mask(const TileList& list, int64_t query_tile, int64_t tokens)
-      : first_query(static_cast<int>(query_tile) * kTile),
+  Mask(const TileList& list, int64_t first, int64_t tokens)
+      : first_query(static_cast<int>(first)),
         first_key(0),
         queries(tile_rows(first_query, tokens)),
         has_floor(list.floor != nullptr) {

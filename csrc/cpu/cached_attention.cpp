@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/cached_prefill.h"
 #include "cpu/element_type.h"
 #include "cpu/run_in_order.h"
 #include "cpu/simd.h"
@@ -249,8 +250,13 @@ std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
   std::vector<Group> groups;
   std::vector<Unit> units;
   int64_t partials = 0;
+  std::vector<PrefillRow> many;
   for (int64_t b = 0; b < shape.batch; ++b) {
     const int64_t rows = taken[b] * group_heads;
+    if (rows > kFewRows && !position_ids && packs_key_tiles(query.scalar_type())) {
+      many.push_back({b, held[b], taken[b]});
+      continue;
+    }
     const int64_t tiles = rows <= kFewRows ? rows > 0 : (rows + kTile - 1) / kTile;
     for (int64_t i = 0; i < tiles * shape.kv_heads; ++i) {
       const int64_t tile = tiles - 1 - i / shape.kv_heads;  // those that see most come first
@@ -267,6 +273,7 @@ std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
     }
   }
 
+  if (!many.empty()) prefill(query, key_cache, value_cache, many, scale, softcap, out, lse);
   const cpu::ElementType type = cpu::element_type(query.scalar_type());
   const cpu::CachedAttentionKernels& kernel = kernels(type);
   const int head_dim = static_cast<int>(shape.head_dim);

@@ -34,20 +34,43 @@ FIRST_CAPACITY = 256
 class _Expected:
     """What `expect` announced for the next forward pass."""
 
-    counts: Tensor  # int32 [batch]
-    most: int
+    counts: Tensor  # int32 [batch], on the host
     expiry: Tensor  # int32 [batch]
+    packed: bool
+
+
+@dataclass
+class _Tokens:
+    """Which tokens of a forward pass over `[1 or batch, tokens]` each row takes."""
+
+    width: int  # the most tokens of a row, padding included
+    counts: Tensor | None  # int32 [batch]; None: `width` each
+    expiry: Tensor  # int32 [batch]
+    # Where a row's tokens lie in the flattened pass, int64 [batch, width], first its own, then
+    # padding; and where the pass's tokens lie in this. None: in the order of the pass.
+    source: Tensor | None = None
+    place: Tensor | None = None
+
+    def by_row(self, x: Tensor, batch: int) -> Tensor:
+        """`[1 or batch, tokens, ...]` of the pass as `[batch, width, ...]`."""
+        if self.source is not None:
+            return x.flatten(0, 1)[self.source]
+        return x if len(x) == batch else x[0].unflatten(0, (batch, self.width))
+
+    def as_pass(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """`[batch, width, ...]` as `[1 or batch, tokens, ...]` of the pass."""
+        if self.place is not None:
+            return x.flatten(0, 1)[self.place].unflatten(0, tuple(shape))
+        return x if len(x) == shape[0] else x.flatten(0, 1)[None]
 
 
 @dataclass
 class _Step:
     """One forward pass: which of its tokens each row takes, and where they go."""
 
-    tokens: int
-    counts: Tensor | None  # int32 [batch]; None: all tokens
+    tokens: _Tokens
     lengths: Tensor  # int32 [batch], including the new tokens
     next_position: Tensor  # int64 [batch]
-    order: Tensor | None = None  # int64 [batch, tokens]: each row's tokens first, then padding
     updated: set[int] = field(default_factory=set)
     attended: set[int] = field(default_factory=set)
 
@@ -62,7 +85,8 @@ class TrajectoryCache(Cache):
 
     A forward pass appends its tokens to every row, with two exceptions. Padding in a 2D attention
     mask, on either side, is left out; the mask is `[batch, get_seq_length() + new tokens]`, and its
-    older columns are not read. After `expect(counts)` row `b` takes its first `counts[b]` tokens.
+    older columns are not read. After `expect(counts)` row `b` takes its first `counts[b]` tokens,
+    or, with `packed=True`, the pass is one row of all rows' tokens, without padding.
 
     `generate()` continues from a pruned cache. Give it the new tokens only, a mask as above, and
     position_ids. It feeds padding to rows that stopped early, so drop that before the next turn:
@@ -180,7 +204,11 @@ class TrajectoryCache(Cache):
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def expect(
-        self, counts: Sequence[int] | Tensor, *, expiry: int | Sequence[int] | Tensor = NEVER
+        self,
+        counts: Sequence[int] | Tensor,
+        *,
+        expiry: int | Sequence[int] | Tensor = NEVER,
+        packed: bool = False,
     ) -> None:
         """Announces the next forward pass: row `b` takes the first `counts[b]` of its tokens.
 
@@ -190,17 +218,19 @@ class TrajectoryCache(Cache):
             counts: `[batch]`, 0 or more each. They are read on the host: prefer a list or a CPU
                 tensor.
             expiry: of the new slots: one for all, or `[batch]`.
+            packed: the pass is `[1, sum of counts]`: first row 0's tokens, then row 1's, and so on,
+                so that rows of different counts compute no padding.
 
         Raises:
-            TypeError: numbers that are not integers.
+            TypeError: numbers that are not integers, or packed no bool.
             ValueError: another number of rows, or a negative count.
         """
+        if not isinstance(packed, bool):
+            raise TypeError(f"packed: expected a bool, got {packed!r}")
         on_host = self._per_row("counts", counts, device=torch.device("cpu"))
         if min(on_host.tolist()) < 0:
             raise ValueError(f"counts: expected 0 or more, got {on_host.tolist()}")
-        self._expected = _Expected(
-            on_host.to(self.device), max(on_host.tolist()), self._per_row("expiry", expiry)
-        )
+        self._expected = _Expected(on_host, self._per_row("expiry", expiry), packed)
 
     def prune_(
         self,
@@ -247,32 +277,36 @@ class TrajectoryCache(Cache):
         if rows is not None:
             alive = torch.ones_like(self.position_ids, dtype=torch.bool).index_copy(0, index, alive)
         self._step, self._seen = None, None
-        if self.keys:
-            prune_kv_(
-                list(self.keys.values()),
-                list(self.values.values()),
-                self.lengths,
-                alive,
-                slots=[self.position_ids, self.expiry],
-                ordered=self.ordered,
-                position_delta=None if self.rope is None else self._close_gaps_(alive),
-                rope=self.rope,
-            )
+        if not self.keys:
+            return
+        delta, next_position = None, self._next_position
+        if self.rope is not None:
+            delta, next_position = self._closed_gaps(alive)
+        positions = self.position_ids if delta is None else self.position_ids + delta
+        prune_kv_(
+            list(self.keys.values()),
+            list(self.values.values()),
+            self.lengths,
+            alive,
+            slots=[positions, self.expiry],
+            ordered=self.ordered,
+            position_delta=delta,
+            rope=self.rope,
+        )
+        self.position_ids.copy_(positions)
+        self._next_position.copy_(next_position)
 
-    def _close_gaps_(self, alive: Tensor) -> Tensor:
-        """Gives the slots in `alive` the positions 0, 1, 2, ..., and returns by how many each
-        moves, int32 `[batch, capacity]`; 0 in a row that drops nothing."""
+    def _closed_gaps(self, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """By how many the slots in `alive` move to the positions 0, 1, 2, ..., int32
+        `[batch, capacity]`, 0 in a row that drops nothing; and each row's next position."""
         held = torch.arange(self.capacity, device=self.device) < self.lengths[:, None]
         kept = alive & held
         order = torch.where(kept, self.position_ids, NEVER).argsort(1).argsort(1)
         moves = kept & (kept != held).any(1, keepdim=True)
-        delta = torch.where(moves, order.int() - self.position_ids, 0)
-        self.position_ids.add_(delta)
+        delta = torch.where(moves, order.int() - self.position_ids, 0).contiguous()
         count = kept.sum(1)
-        self._next_position.copy_(
-            torch.where(moves.any(1) | (count == 0), count, self._next_position)
-        )
-        return delta.contiguous()
+        closed = moves.any(1) | (count == 0)
+        return delta, torch.where(closed, count, self._next_position)
 
     def reset(self) -> None:
         """Empties all rows and forgets their positions and peak; the memory stays allocated."""
@@ -337,31 +371,26 @@ class TrajectoryCache(Cache):
             TypeError, ValueError: tokens, rows, a mask or position_ids that do not fit (see the
                 class). Nothing is written then.
         """
-        batch, tokens = shape
         self._step = None
-        if batch != self.batch_size:
-            raise ValueError(f"input_ids: the cache has {self.batch_size} rows, got {batch}")
-        if tokens == 0:
+        if shape[1] == 0:
             raise ValueError(
                 "input_ids: expected at least one new token, got none (give generate() the new "
                 "tokens only and an attention_mask of cached + new columns)"
             )
-        counts, order, expiry = self._taken(tokens, attention_mask, self._expected)
-        taken = torch.full_like(self.lengths, tokens) if counts is None else counts
-        column = torch.arange(tokens, device=self.device)
+        tokens = self._taken(shape, attention_mask, self._expected)
+        width, counts = tokens.width, tokens.counts
+        taken = torch.full_like(self.lengths, width) if counts is None else counts
+        column = torch.arange(width, device=self.device)
         if position_ids is None:
             positions = self._next_position[:, None] + column
         else:
-            check_position_ids(position_ids, tokens, batch)
-            positions = position_ids.to(self.device).expand(batch, tokens)
-            positions = positions if order is None else positions.gather(1, order)
+            check_position_ids(position_ids, shape[1], shape[0])
+            positions = tokens.by_row(position_ids.to(self.device).expand(*shape), self.batch_size)
             self._check_positions(positions, taken)
         positions = torch.where(column < taken[:, None], positions, 0)  # padding: in every table
-        position_ids = positions
-        if order is not None:
-            position_ids = torch.empty_like(positions).scatter_(1, order, positions)
+        position_ids = tokens.as_pass(positions, shape)
         if self._table is not None:
-            self._table.check(tokens, 0, None, position_ids)
+            self._table.check(shape[1], 0, None, position_ids)
         limit = self._rope_limit
         if limit is not None and (highest := int(position_ids.max())) >= limit:
             raise ValueError(
@@ -369,17 +398,17 @@ class TrajectoryCache(Cache):
                 f"or longrope) rotates keys differently than the cached ones, got {highest}"
             )
         lengths = self.lengths + taken
-        self._make_room(tokens, lengths)
+        self._make_room(width, lengths)
 
         # Which of the new tokens goes into each slot, if one does.
         coming = torch.arange(self.capacity, device=self.device) - self.lengths[:, None]
         fresh = (coming >= 0) & (coming < taken[:, None])
-        coming = coming.clamp(0, tokens - 1).long()
+        coming = coming.clamp(0, width - 1).long()
         self.position_ids.copy_(torch.where(fresh, positions.gather(1, coming), self.position_ids))
-        self.expiry.copy_(torch.where(fresh, expiry[:, None], self.expiry))
+        self.expiry.copy_(torch.where(fresh, tokens.expiry[:, None], self.expiry))
         last = positions.gather(1, (taken[:, None].long() - 1).clamp(min=0))[:, 0]
         next_position = torch.where(taken > 0, last + 1, self._next_position)
-        self._step = _Step(tokens, counts, lengths, next_position, order)
+        self._step = _Step(tokens, lengths, next_position)
         self._expected = None
         return position_ids
 
@@ -408,8 +437,11 @@ class TrajectoryCache(Cache):
         if torch.is_autocast_enabled(query.device.type):
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if step.order is not None:
-            query, key, value = (_select(x, step.order) for x in (query, key, value))
+        tokens, shape = step.tokens, query.transpose(1, 2).shape[:2]
+        query, key, value = (
+            tokens.by_row(x.transpose(1, 2), self.batch_size) for x in (query, key, value)
+        )
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
         if layer not in self.keys:
             if self._committed:
                 raise ValueError(
@@ -418,23 +450,20 @@ class TrajectoryCache(Cache):
                 )
             self.keys[layer], self.values[layer] = self._allocate(key), self._allocate(value)
         keys, values = self.keys[layer], self.values[layer]
-        append_kv_(key, value, keys, values, self.lengths, counts=step.counts)
+        append_kv_(key, value, keys, values, self.lengths, counts=tokens.counts)
         out = cached_attention(
-            query.transpose(1, 2),
+            query,
             keys,
             values,
             step.lengths,
-            counts=step.counts,
+            counts=tokens.counts,
             scale=scale,
             softcap=softcap,
             window=window,
             position_ids=self.position_ids if window is not None else None,
         )
         step.attended.add(layer)
-        out = cast(Tensor, out)
-        if step.order is not None:
-            out = _select(out.transpose(1, 2), step.order.argsort(1)).transpose(1, 2).contiguous()
-        return out
+        return tokens.as_pass(cast(Tensor, out), shape)
 
     def commit(self) -> None:
         """Ends a forward pass, after its layers ran: its tokens now belong to their rows."""
@@ -442,43 +471,65 @@ class TrajectoryCache(Cache):
         if missing := sorted((step.updated | self.keys.keys()) - step.attended):
             raise ValueError(f"model: the attention of layers {missing} does not reach the cache")
         self._committed = True
-        self._seen = self.get_seq_length() + step.tokens
+        self._seen = self.get_seq_length() + step.tokens.width
         self.lengths.copy_(step.lengths)
         self._next_position.copy_(step.next_position)
         self._peak.copy_(torch.maximum(self._peak, self.lengths.amax()))
         self._step = None
 
     def _taken(
-        self,
-        tokens: int,
-        attention_mask: Tensor | None,
-        expected: _Expected | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """(counts, order, expiry) of a forward pass over `tokens` tokens."""
-        never = torch.full_like(self.lengths, NEVER)
-        if expected is not None:
-            if attention_mask is not None:
-                raise ValueError(
-                    "attention_mask: expected None after expect(), which says the same; got both"
-                )
-            if expected.most > tokens:
-                raise ValueError(
-                    f"input_ids: expect() announced {expected.most} tokens, got {tokens}"
-                )
-            return expected.counts, None, expected.expiry
-        if attention_mask is None:
-            return None, None, never
-        shape = [self.batch_size, self.get_seq_length() + tokens]
-        if list(attention_mask.shape) != shape:
+        self, shape: Sequence[int], attention_mask: Tensor | None, expected: _Expected | None
+    ) -> _Tokens:
+        """Who takes what of a forward pass over `shape`."""
+        rows, tokens = shape
+        if expected is not None and attention_mask is not None:
             raise ValueError(
-                f"attention_mask: expected {shape} (batch, cached + new tokens), "
+                "attention_mask: expected None after expect(), which says the same; got both"
+            )
+        if expected is not None and expected.packed:
+            return self._packed(shape, expected)
+        if rows != self.batch_size:
+            raise ValueError(f"input_ids: the cache has {self.batch_size} rows, got {rows}")
+        if expected is not None:
+            if (most := int(expected.counts.max())) > tokens:
+                raise ValueError(f"input_ids: expect() announced {most} tokens, got {tokens}")
+            return _Tokens(tokens, expected.counts.to(self.device), expected.expiry)
+        never = torch.full_like(self.lengths, NEVER)
+        if attention_mask is None:
+            return _Tokens(tokens, None, never)
+        expected_shape = [self.batch_size, self.get_seq_length() + tokens]
+        if list(attention_mask.shape) != expected_shape:
+            raise ValueError(
+                f"attention_mask: expected {expected_shape} (batch, cached + new tokens), "
                 f"got {list(attention_mask.shape)}"
             )
         new = attention_mask[:, -tokens:].to(device=self.device, dtype=torch.bool)
         if tokens > 1 and bool(new.all()):
-            return None, None, never
-        order = (~new).int().argsort(dim=1, stable=True) if tokens > 1 else None
-        return new.sum(1, dtype=torch.int32), order, never
+            return _Tokens(tokens, None, never)
+        counts = new.sum(1, dtype=torch.int32)
+        if tokens == 1:
+            return _Tokens(tokens, counts, never)
+        order = (~new).int().argsort(dim=1, stable=True)
+        first = torch.arange(rows, device=self.device)[:, None] * tokens
+        place = (first + order.argsort(1)).flatten()
+        return _Tokens(tokens, counts, never, first + order, place)
+
+    def _packed(self, shape: Sequence[int], expected: _Expected) -> _Tokens:
+        """Who takes what of a pass in which the rows' tokens lie behind each other."""
+        counts, width = expected.counts, int(expected.counts.max())
+        total = int(counts.sum())
+        if list(shape) != [1, total]:
+            raise ValueError(
+                f"input_ids: expected [1, {total}] (1, what expect() announced), got {list(shape)}"
+            )
+        if total == width * self.batch_size:
+            return _Tokens(width, None, expected.expiry)
+        ends = counts.cumsum(0)
+        column = torch.arange(width)
+        source = ((ends - counts)[:, None] + column).clamp(max=total - 1)
+        place = (column < counts[:, None]).flatten().nonzero()[:, 0]
+        on_device = [x.to(self.device) for x in (counts, source, place)]
+        return _Tokens(width, on_device[0], expected.expiry, *on_device[1:])
 
     def _make_room(self, tokens: int, lengths: Tensor) -> None:
         """Grows the cache unless its rows have room for `lengths`."""
@@ -579,8 +630,3 @@ def _integers(name: str, values: Any) -> list[int]:
     if None in numbers:
         raise TypeError(f"{name}: expected integers, got {values!r}")
     return cast("list[int]", numbers)
-
-
-def _select(x: Tensor, index: Tensor) -> Tensor:
-    """`x` `[batch, heads, tokens, head_dim]` with its tokens in the order `[batch, tokens]`."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -260,36 +261,37 @@ class _CacheBackend:
                     held.index = held.index[held.alive]
                     held.next_position = len(held.index)
                     held.alive = None
-        counts = torch.tensor([len(held.pending) for held in self.held])
-        width = int(counts.max())
-        if width == 0:
+        counts = [len(held.pending) for held in self.held]
+        if not any(counts):
             return
-        token_ids = torch.zeros(len(self.held), width, dtype=torch.int64)
-        positions = torch.zeros_like(token_ids)
-        for index, held in enumerate(self.held):
-            count = len(held.pending)
-            token_ids[index, :count] = torch.tensor(held.pending, dtype=torch.int64)
-            column = torch.arange(width).clamp(max=max(count - 1, 0))
-            positions[index] = held.next_position + column
-        last, where = torch.unique(counts.clamp(min=1) - 1, return_inverse=True)
-        self.cache.expect(counts)
+        # All rows' tokens behind each other: no padding, and nothing of rows that are done.
+        token_ids = [token for held in self.held for token in held.pending]
+        positions = [
+            held.next_position + column
+            for held, count in zip(self.held, counts, strict=True)
+            for column in range(count)
+        ]
+        last = torch.tensor([end - 1 for end in accumulate(counts)])
+        feeding = torch.tensor(counts) > 0
+        self.cache.expect(counts, packed=True)
         logits = self.model(
-            input_ids=token_ids.to(self.device),
-            position_ids=positions.to(self.device),
+            input_ids=torch.tensor([token_ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
             use_cache=True,
-            logits_to_keep=last.to(self.device),
+            logits_to_keep=last[feeding].to(self.device),
             **{self.keyword: self.cache},
-        ).logits.float()
+        ).logits[0]
         lengths = self.cache.lengths.tolist()
-        for index, (row, held) in enumerate(zip(self.rows, self.held, strict=True)):
-            if held.pending:
-                held.logits = logits[index, where[index]]
-                held.next_position += len(held.pending)
-                added = torch.arange(held.written, held.written + len(held.pending))
+        own = iter(logits.float())
+        for row, held, count in zip(self.rows, self.held, counts, strict=True):
+            if count:
+                held.logits = next(own)
+                held.next_position += count
+                added = torch.arange(held.written, held.written + count)
                 held.index = torch.cat([held.index, added])
-                held.written += len(held.pending)
+                held.written += count
                 held.pending = []
-                row.peak_context = max(row.peak_context, lengths[index])
+                row.peak_context = max(row.peak_context, lengths[row.index])
 
     def _stops(self, ids: list[int]) -> bool:
         if ids[-1] in self.generation.stop_ids:
@@ -308,7 +310,11 @@ def _sample(
     if temperature == 0:
         tokens = logits.argmax(1)
     else:
-        tokens = torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
+        # torch.multinomial draws a random number per entry, which on a CPU takes ten times as long.
+        sums = log_probs.double().exp().cumsum(1)
+        point = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator)
+        tokens = torch.searchsorted(sums, point * sums[:, -1:], right=True)[:, 0]
+        tokens = tokens.clamp(max=sums.shape[1] - 1)
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
 
