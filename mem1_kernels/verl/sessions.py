@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,14 +49,11 @@ class _Row:
     next_position: int = 0
     logits: Tensor | None = None
     job: Job | None = None
-    waits: bool = False  # its job has not begun
 
 
 class Sessions:
-    """Sessions by name over a patched causal LM. `step` goes on with all jobs by one forward pass.
-
-    A forward pass is as wide as the row with the most new tokens. So jobs that wait begin once at
-    least as many wait as are being written.
+    """Sessions by name over a patched causal LM. `step` goes on with all jobs by one forward pass,
+    of whatever each has to read next, or of its newest token.
 
     Args:
         model: a patched causal LM, in eval mode.
@@ -98,7 +96,7 @@ class Sessions:
         row = self.rows[self.row_of[name]]
         if row.job is not None:
             raise ValueError(f"session {name!r} is writing already")
-        row.job, row.waits = job, True
+        row.job = job
 
     def close(self, name: str) -> None:
         """Ends a session; a name that is not known is none."""
@@ -115,16 +113,11 @@ class Sessions:
     @torch.no_grad()
     def step(self) -> bool:
         """One forward pass for all jobs; False where there is none."""
-        waiting = [row for row in self.rows if row.waits]
-        writing = [row for row in self.rows if row.job is not None and not row.waits]
-        if not waiting and not writing:
+        if all(row.job is None for row in self.rows):
             return False
-        if len(waiting) >= len(writing):
-            for row in waiting:
-                row.waits = False
         self._operate()
         self._feed()
-        ready = [row for row in self.rows if row.job and not row.waits and not row.job.operations]
+        ready = [row for row in self.rows if row.job and not row.job.operations]
         for temperature in {row.job.temperature for row in ready if row.job}:
             self._sample([r for r in ready if r.job and r.job.temperature == temperature])
         return True
@@ -133,7 +126,7 @@ class Sessions:
         """Queued operations of each row, up to the one that has to see what is pending."""
         keep: Tensor | None = None
         for index, row in enumerate(self.rows):
-            if row.job is None or row.waits:
+            if row.job is None:
                 continue
             operations = row.job.operations
             while operations:
@@ -154,35 +147,27 @@ class Sessions:
 
     def _feed(self) -> None:
         """Puts every row's pending tokens into the cache, and keeps each row's last logits."""
-        active = [bool(row.job) and not row.waits for row in self.rows]
-        counts = torch.tensor(
-            [len(row.pending) * goes for row, goes in zip(self.rows, active, strict=True)]
-        )
-        width = int(counts.max())
-        if width == 0:
+        counts = [len(row.pending) if row.job else 0 for row in self.rows]
+        if not any(counts):
             return
-        token_ids = torch.zeros(len(self.rows), width, dtype=torch.int64)
-        positions = torch.zeros_like(token_ids)
-        for index, (row, count) in enumerate(zip(self.rows, counts.tolist(), strict=True)):
-            if count:
-                token_ids[index, :count] = torch.tensor(row.pending)
-            column = torch.arange(width).clamp(max=max(count - 1, 0))
-            positions[index] = row.next_position + column
-        last, where = torch.unique(counts.clamp(min=1) - 1, return_inverse=True)
-        self.cache.expect(counts)
+        # All rows' tokens behind each other, so that nothing is padded.
+        fed = [row for row, count in zip(self.rows, counts, strict=True) if count]
+        token_ids = [token for row in fed for token in row.pending]
+        positions = [row.next_position + n for row in fed for n in range(len(row.pending))]
+        last = [end - 1 for end in accumulate(len(row.pending) for row in fed)]
         device = self.cache.device
+        self.cache.expect(counts, packed=True)
         logits = self.model(
-            input_ids=token_ids.to(device),
-            position_ids=positions.to(device),
+            input_ids=torch.tensor([token_ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
             use_cache=True,
-            logits_to_keep=last.to(device),
+            logits_to_keep=torch.tensor(last, device=device),
             **{self.keyword: self.cache},
-        ).logits.float()
-        for index, (row, count) in enumerate(zip(self.rows, counts.tolist(), strict=True)):
-            if count:
-                row.logits = logits[index, where[index]]
-                row.next_position += count
-                row.pending = []
+        ).logits[0]
+        for row, own in zip(fed, logits.float(), strict=True):
+            row.logits = own
+            row.next_position += len(row.pending)
+            row.pending = []
 
     def _sample(self, rows: Sequence[_Row]) -> None:
         """One token for each row; it joins the cache with the next pass or the next job."""
