@@ -53,7 +53,8 @@ test: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # verl's own trainer on the CPU, in an environment of its own, as it pins an older transformers:
-# 5 minutes to set up (once), 8 to run. It gets a copy of the sources, with an extension of its own.
+# 5 minutes to set up (once), 10 to run on two busy cores. It gets a copy of the sources, with an
+# extension of its own.
 VERL_VENV ?= .venv-verl
 VERL := $(abspath $(VERL_VENV))
 VERL_ARGS ?=
