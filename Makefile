@@ -73,7 +73,8 @@ $(PLUGS_VENV)/.ready $(PLUGS_VENV)-verifiers/.ready:
 	touch $@
 
 # verl's own trainer on the CPU, in an environment of its own, as it pins an older transformers:
-# 5 minutes to set up (once), 8 to run. It gets a copy of the sources, with an extension of its own.
+# 5 minutes to set up (once), 10 to run on two busy cores. It gets a copy of the sources, with an
+# extension of its own.
 VERL_VENV ?= .venv-verl
 VERL := $(abspath $(VERL_VENV))
 VERL_ARGS ?=

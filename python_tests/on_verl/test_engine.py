@@ -7,6 +7,7 @@ import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,6 +261,23 @@ def test_engines_are_told_apart(worker: Any, config: Any, monkeypatch: Any) -> N
         del EngineRegistry._engines["language_model"]["fsdp2"]["cpu"]
     ((name, mine, is_patched, _),) = trainer.describe_engines(stock)
     assert (name, mine, is_patched) == ("FSDPEngineWithLMHead", False, False)
+
+    monkeypatch.setattr(trainer.ray, "get", lambda answers: answers)
+
+    def group(*workers: Any) -> Any:
+        calls = [lambda ask, worker=worker: ask(worker) for worker in workers]
+        handles = [SimpleNamespace(__ray_call__=SimpleNamespace(remote=call)) for call in calls]
+        return SimpleNamespace(workers=handles)
+
+    run = SimpleNamespace(actor_rollout_wg=group(worker), use_reference_policy=False)
+    run.use_critic, run.critic_wg = False, group(worker, stock)
+    trainer.check_engines(run)
+    run.use_critic = True
+    with pytest.raises(RuntimeError, match="critic: expected an engine .* on worker 1"):
+        trainer.check_engines(run)
+    run.critic_wg = group(object())
+    with pytest.raises(RuntimeError, match="critic: its workers have no engine"):
+        trainer.check_engines(run)
 
 
 def test_a_trajectory_is_scored_alike_by_the_package(folder: Path) -> None:
