@@ -85,6 +85,7 @@ TORCH_LIBRARY_IMPL(mem1, CPU, library) {
   add(library, "CPU", "cached_attention", &mem1::cached_attention_cpu);
   add(library, "CPU", "prune_kv_", &mem1::prune_kv_cpu);
   add(library, "CPU", "prune_paged_kv_", &mem1::prune_paged_kv_cpu);
+  add(library, "CPU", "move_slots_", &mem1::move_slots_cpu);
 }
 
 #ifdef MEM1_WITH_CUDA

@@ -44,6 +44,10 @@ void prune_paged_kv_cpu(at::TensorList keys, at::TensorList values, const at::Te
                         const std::optional<at::Tensor>& page_refs, at::TensorList slots,
                         const at::Tensor& freed, const at::Tensor& freed_counts);
 
+// cpu/move_slots.cpp
+void move_slots_cpu(at::TensorList pages, const at::Tensor& sources, const at::Tensor& destinations,
+                    const std::optional<at::Tensor>& offsets);
+
 // cuda/prune_kv.cu
 void prune_kv_cuda(at::TensorList keys, at::TensorList values, const at::Tensor& lengths,
                    const at::Tensor& keep, at::TensorList slots, bool ordered,

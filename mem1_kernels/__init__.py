@@ -15,6 +15,7 @@ from mem1_kernels.ops.kv_cache import (
     Rope,
     append_kv_,
     cached_attention,
+    move_slots_,
     prune_kv_,
     prune_paged_kv_,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "mem1",
     "mem1_release",
     "memento",
+    "move_slots_",
     "pack",
     "pack_tree",
     "prune_kv_",

@@ -113,7 +113,7 @@ def test_a_server_gets_the_live_ids_and_none_of_its_own_sampling_defaults(tokeni
         return [7, 8, 44], [-1.0, -2.0, -3.0], "stop"
 
     with serve(completions(write)) as server:
-        (rollout,) = engine_for(server, tokenizer, workers=1).run(
+        (rollout,) = engine_for(server, tokenizer, workers=1, seeded=True).run(
             [[5, 6]],
             lambda turns: [[60, 61] if turns[0].number < 4 else None],
             replace(GENERATION, stop_strings=("</answer>",), temperature=0.7),
@@ -138,6 +138,18 @@ def test_a_server_gets_the_live_ids_and_none_of_its_own_sampling_defaults(tokeni
     assert len({a["seed"] for a in asked}) == 4
     assert rollout.log_probs[rollout.trajectory.loss_mask].tolist() == [-1.0, -2.0, -3.0] * 4
     assert rollout.peak_context == 2 + 5 + 3
+
+
+@pytest.mark.parametrize(("temperature", "warned"), [(0.0, 0), (0.7, 1)])
+def test_no_seed_is_sent_unless_asked_for(tokenizer, recwarn, temperature, warned):
+    """A seeded request may end vLLM's CPU engine; where it matters that none is sent, run says so."""
+    with serve(completions(lambda prompt, asked: ([7, 44], [-1.0, -2.0], "stop"))) as server:
+        engine_for(server, tokenizer).run(
+            [[5, 6]], lambda turns: [None], replace(GENERATION, temperature=temperature)
+        )
+    assert all("seed" not in request.json for request in server.requests)
+    said = [w for w in recwarn if "seeded=True" in str(w.message)]
+    assert len(said) == warned
 
 
 def test_a_turn_cut_by_the_limit_is_marked(server):

@@ -41,6 +41,8 @@ from mem1_kernels.trajectory import Positions
 GENERATION = Generation(max_new_tokens=512, temperature=0.0, seed=0)
 """How an agent generates by default: greedily."""
 
+_HERE = ("pruned", "reprefill", "vllm")
+
 MODELS = {"mem1-7b": "Mem-Lab/Qwen2.5-7B-RL-RAG-Q2-EM-Release"}
 """Short names of models; any other name is a Hugging Face id or a local path."""
 
@@ -64,9 +66,11 @@ class MemoryEfficientAgent:
             checkpoint), or a loaded causal LM. Models named are loaded at the first use, on the GPU
             where there is one.
         engine: "pruned" (in this process, the KV cache pruned in place), "reprefill" (in this
-            process, the live text sent again every turn), the address of an OpenAI-compatible
-            server such as "http://127.0.0.1:8000/v1" (`model` is the name that it serves), or an
-            `Engine` of your own, which has its model and tokenizer (`model` is None then).
+            process, the live text sent again every turn), "vllm" (vLLM in this process, its KV
+            cache pruned in place: `mem1_kernels.vllm.VLLMEngine`), the address of an
+            OpenAI-compatible server such as "http://127.0.0.1:8000/v1" (`model` is the name that it
+            serves), or an `Engine` of your own, which has its model and tokenizer (`model` is None
+            then).
         environment: where the agent acts:
 
             - a path ending in .jsonl: a corpus, searched by BM25;
@@ -136,10 +140,11 @@ class MemoryEfficientAgent:
             raise TypeError(f"{unknown[0]}: neither the agent nor its Generation has this argument")
         generation = replace(generation, **options)
         check_generation(generation)
-        if isinstance(engine, str) and not (engine in ("pruned", "reprefill") or _is_url(engine)):
+        if isinstance(engine, str) and not (engine in _HERE or _is_url(engine)):
             got = public_address(engine)
             raise ValueError(
-                f"engine: expected 'pruned', 'reprefill' or an address http://…/v1, got {got!r}"
+                "engine: expected 'pruned', 'reprefill', 'vllm' or an address http://…/v1, got "
+                f"{got!r}"
             )
         if isinstance(engine, str) and _is_url(engine):
             origin_of("engine", engine)
@@ -299,6 +304,15 @@ class MemoryEfficientAgent:
                     f"{type(self.model).__name__}"
                 )
             return ServerEngine(kind, self.model, self._load_tokenizer())
+        if kind == "vllm":
+            if not named:
+                raise TypeError(
+                    "model: with engine='vllm', expected a folder or a Hugging Face id, got a "
+                    f"{type(self.model).__name__}"
+                )
+            from mem1_kernels.vllm import VLLMEngine
+
+            return VLLMEngine(self.model, self._load_tokenizer())
         positions: Positions = "kept" if kind == "pruned" else "reprefill"
         if not named:
             return HFEngine(self.model, self.tokenizer, positions=positions)

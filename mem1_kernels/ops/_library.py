@@ -48,6 +48,9 @@ library.define(
     "Tensor(d!) lengths, Tensor keep, Tensor? page_refs, Tensor(e!)[] slots, Tensor(f!) freed, "
     "Tensor(g!) freed_counts) -> ()"
 )
+library.define(
+    "move_slots_(Tensor(a!)[] pages, Tensor sources, Tensor destinations, Tensor? offsets) -> ()"
+)
 
 OBSTACLE = _extension.load()  # why mem1_kernels._C is not loaded, or None
 HAS_EXTENSION = OBSTACLE is None
@@ -118,6 +121,7 @@ for _op, _in_torch, _in_triton in (
     ),
     ("prune_kv_", reference.prune_kv_, _triton("prune_kv", "prune_kv_")),
     ("prune_paged_kv_", reference.prune_paged_kv_, _triton("prune_kv", "prune_paged_kv_")),
+    ("move_slots_", reference.move_slots_, _triton("prune_kv", "move_slots_")),
 ):
     _serve(_op, "CPU", _in_torch, f"plain torch ({_NO_COMPILED})")
     if HAS_TRITON:
@@ -168,11 +172,11 @@ def _(
     return out, lse
 
 
-def _check_devices(tensors: list[Tensor | None], keep: Tensor) -> None:
+def _check_devices(tensors: list[Tensor | None], like: Tensor, name: str = "keep") -> None:
     """One meta tensor among others makes a call a fake one: not what its caller meant."""
     for x in tensors:
-        if x is not None and x.device != keep.device:
-            raise ValueError(f"expected all tensors on {keep.device} like keep, got {x.device}")
+        if x is not None and x.device != like.device:
+            raise ValueError(f"expected all tensors on {like.device} like {name}, got {x.device}")
 
 
 @torch.library.register_fake("mem1::prune_kv_")
@@ -184,3 +188,8 @@ def _(keys, values, lengths, keep, slots, ordered, position_delta, rope_steps, i
 def _(keys, values, block_table, lengths, keep, page_refs, slots, freed, freed_counts) -> None:
     written = [*keys, *values, *slots, block_table, lengths, freed, freed_counts]
     _check_devices([*written, page_refs], keep)
+
+
+@torch.library.register_fake("mem1::move_slots_")
+def _(pages, sources, destinations, offsets) -> None:
+    _check_devices([*pages, destinations, offsets], sources, "sources")

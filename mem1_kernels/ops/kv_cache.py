@@ -19,10 +19,18 @@ from mem1_kernels.ops._checks import (
     mark_written,
 )
 from mem1_kernels.ops._memory import check_disjoint
+from mem1_kernels.ops.move_slots import move_slots_
 from mem1_kernels.ops.prune_kv import prune_kv_, prune_paged_kv_
 from mem1_kernels.ops.rope import Rope
 
-__all__ = ["Rope", "append_kv_", "cached_attention", "prune_kv_", "prune_paged_kv_"]
+__all__ = [
+    "Rope",
+    "append_kv_",
+    "cached_attention",
+    "move_slots_",
+    "prune_kv_",
+    "prune_paged_kv_",
+]
 
 
 def append_kv_(

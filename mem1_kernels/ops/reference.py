@@ -339,3 +339,25 @@ def prune_paged_kv_(
         freed[row, : len(table) - used] = block_table.new_tensor(table[used:])
         freed_counts[row] = len(table) - used
         lengths[row] = len(whole) * page_size + packed
+
+
+def move_slots_(
+    pages: list[Tensor], sources: Tensor, destinations: Tensor, offsets: Tensor | None
+) -> None:
+    """Slot `sources[i]` of every layer goes to `destinations[i]`, byte for byte.
+
+    pages: `[pages, heads, page_size, row]`. offsets: `[page_size, row]`, where a slot's elements lie
+    among those of its page and head; None: in their order.
+    """
+    for x in map(_as_bytes, pages):
+        page_size, row = x.shape[2], x.shape[3]
+        if offsets is None:
+            for source, to in zip(sources.tolist(), destinations.tolist(), strict=True):
+                x[to // page_size, :, to % page_size] = x[
+                    source // page_size, :, source % page_size
+                ]
+            continue
+        flat = x.view(x.shape[0], x.shape[1], page_size * row)
+        for source, to in zip(sources.tolist(), destinations.tolist(), strict=True):
+            moved = flat[source // page_size][:, offsets[source % page_size].long()]
+            flat[to // page_size][:, offsets[to % page_size].long()] = moved

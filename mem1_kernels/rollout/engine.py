@@ -149,7 +149,8 @@ class Generation:
         info_name: the name (`Segment.name`) of the observation behind a turn, such as that of its
             tool. Asked before `depth`. Default: "".
         temperature: of sampling. 0 is greedy; log-probs are then those at temperature 1.
-        seed: of sampling. None: torch's default generator, or the server's own choice.
+        seed: of sampling. None: torch's default generator, or the server's own choice (always, for
+            a `ServerEngine` that is not `seeded`).
 
     Raises:
         TypeError: stops that are not integers or strings; a retention, `state_tokens`, `depth`,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ class ServerEngine:
     generation_config.json) are overridden, as log-probs would not be those of the model otherwise;
     at temperatures other than 0 and 1, vLLM needs `--logprobs-mode processed_logprobs` for that.
 
+    A seed is sent only if `seeded`: a seeded request whose prompt is computed in parts ends vLLM's
+    CPU engine for everybody. Without it, sampling is the server's own choice, and `run` warns where
+    a seed would have mattered.
+
     Args:
         base_url: such as "http://127.0.0.1:8000/v1".
         model: the name that the server knows the model by.
@@ -49,6 +54,10 @@ class ServerEngine:
         max_bytes: the most bytes of a reply. Compressed replies are not asked for, and refused.
         retries: further attempts after a lost connection, a time-out, or a status that may pass.
         workers: how many rows are generated at once.
+        seeded: send `Generation.seed`, turned into one per row and turn.
+
+    Warns:
+        RuntimeWarning: in `run`: a seed at a temperature above 0, without `seeded`.
 
     Raises:
         ImportError: openai is not installed (`pip install mem1-kernels[agent]`).
@@ -67,6 +76,7 @@ class ServerEngine:
         max_bytes: int = 64 * 2**20,
         retries: int = 3,
         workers: int = 32,
+        seeded: bool = False,
     ) -> None:
         try:
             import openai
@@ -87,6 +97,7 @@ class ServerEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.workers = workers
+        self.seeded = seeded
         self.eos_ids = eos_ids(getattr(tokenizer, "eos_token_id", None))
         self.vocabulary = None if tokenizer is None else len(tokenizer)
         key = api_key or os.environ.get("OPENAI_API_KEY") or ""
@@ -133,6 +144,13 @@ class ServerEngine:
             ValueError: no prompts or an empty one, or a policy that no server can follow.
         """
         rows = open_rows(prompts, generation, "reprefill", self.vocabulary)
+        if generation.seed is not None and generation.temperature > 0 and not self.seeded:
+            warnings.warn(
+                "seed: not sent to the server, whose own choice the sampling is; "
+                "ServerEngine(..., seeded=True) sends it (vLLM's CPU engine may end at one)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         with ThreadPoolExecutor(min(self.workers, len(rows))) as pool:
             backend = _ServerBackend(self, generation, on_tokens, pool)
             return run_turns(rows, backend, respond, generation)
@@ -203,7 +221,7 @@ class _ServerBackend:
         options: dict[str, Any] = {"temperature": generation.temperature, "top_p": 1.0}
         if generation.stop_strings:
             options["stop"] = list(generation.stop_strings)
-        if generation.seed is not None:
+        if generation.seed is not None and engine.seeded and generation.temperature > 0:
             options["seed"] = (generation.seed * 1_000_003 + row * 1009 + number) % 2**31
         stream = self.on_tokens is not None
         try:

@@ -348,3 +348,19 @@ def _list_paged_moves(
     freed_counts.copy_(torch.where(changes & ~fits, -1, leaving)[:, 0])
     block_table.copy_(torch.where(go, reordered, block_table))
     lengths.copy_(torch.where(go, kept, length)[:, 0])
+
+
+def move_slots_(
+    pages: list[Tensor], sources: Tensor, destinations: Tensor, offsets: Tensor | None
+) -> None:
+    """The op `mem1::move_slots_`: one launch per kind of tensor makes the moves listed."""
+    if offsets is not None:
+        raise ValueError("offsets: expected None on a GPU, whose caches are not packed")
+    moves = sources.shape[0]
+    if moves == 0:
+        return
+    views = [x.transpose(1, 2) for x in pages]
+    plan = _plan_for(views, [], [], [], 1, 1, paged=True)
+    listed = torch.stack([sources, destinations]).to(torch.int32)[None]
+    counts = torch.tensor([[moves, 0]], dtype=torch.int32).to(sources.device)
+    _move(plan._replace(moves=listed, counts=counts), pages[0].shape[2], True, False)
