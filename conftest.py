@@ -6,4 +6,6 @@ import importlib.util
 
 collect_ignore = []
 if importlib.util.find_spec("vllm") is None:
-    collect_ignore += [f"mem1_kernels/vllm/{name}.py" for name in ("scheduler", "worker")]
+    collect_ignore += [
+        f"mem1_kernels/vllm/{name}.py" for name in ("endpoint", "scheduler", "worker")
+    ]

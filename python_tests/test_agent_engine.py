@@ -142,7 +142,7 @@ def test_a_server_gets_the_live_ids_and_none_of_its_own_sampling_defaults(tokeni
 
 @pytest.mark.parametrize(("temperature", "warned"), [(0.0, 0), (0.7, 1)])
 def test_no_seed_is_sent_unless_asked_for(tokenizer, recwarn, temperature, warned):
-    """A seeded request may end vLLM's CPU engine; where it matters that none is sent, run says so."""
+    """A seeded request may end vLLM's CPU engine; run says where the seed would have mattered."""
     with serve(completions(lambda prompt, asked: ([7, 44], [-1.0, -2.0], "stop"))) as server:
         engine_for(server, tokenizer).run(
             [[5, 6]], lambda turns: [None], replace(GENERATION, temperature=temperature)

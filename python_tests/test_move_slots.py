@@ -18,7 +18,7 @@ def moves(seed: int, count: int = 7):
 
 
 def layers(dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    """A layer in the order of its dimensions, one with heads last, and a view of every other row."""
+    """A layer in the order of its dimensions, one with heads last, and a view of half a row."""
     return [
         random_bytes((PAGES, 2, PAGE_SIZE, 6), dtype, seed),
         random_bytes((PAGES, PAGE_SIZE, 3, 5), dtype, seed + 1).transpose(1, 2),

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Runs a command in an environment with vLLM: `vllm_env.sh VENV COMMAND ...`.
-# MEM1_VLLM_SOURCE=1 takes the package from here, with the extension that was built here.
 set -euo pipefail
 venv="$(cd "$1" && pwd)"
 shift

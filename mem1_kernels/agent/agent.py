@@ -42,6 +42,7 @@ GENERATION = Generation(max_new_tokens=512, temperature=0.0, seed=0)
 """How an agent generates by default: greedily."""
 
 _HERE = ("pruned", "reprefill", "vllm")
+_SESSIONS = "vllm+"  # in front of the address of a server with sessions
 
 MODELS = {"mem1-7b": "Mem-Lab/Qwen2.5-7B-RL-RAG-Q2-EM-Release"}
 """Short names of models; any other name is a Hugging Face id or a local path."""
@@ -67,10 +68,11 @@ class MemoryEfficientAgent:
             where there is one.
         engine: "pruned" (in this process, the KV cache pruned in place), "reprefill" (in this
             process, the live text sent again every turn), "vllm" (vLLM in this process, its KV
-            cache pruned in place: `mem1_kernels.vllm.VLLMEngine`), the address of an
-            OpenAI-compatible server such as "http://127.0.0.1:8000/v1" (`model` is the name that it
-            serves), or an `Engine` of your own, which has its model and tokenizer (`model` is None
-            then).
+            cache pruned in place: `mem1_kernels.vllm.VLLMEngine`), "vllm+http://127.0.0.1:8000"
+            (the same on a server that `python -m mem1_kernels.vllm.serve` started; `model` names
+            the tokenizer), the address of an OpenAI-compatible server such as
+            "http://127.0.0.1:8000/v1" (`model` is the name that it serves), or an `Engine` of your
+            own, which has its model and tokenizer (`model` is None then).
         environment: where the agent acts:
 
             - a path ending in .jsonl: a corpus, searched by BM25;
@@ -143,11 +145,11 @@ class MemoryEfficientAgent:
         if isinstance(engine, str) and not (engine in _HERE or _is_url(engine)):
             got = public_address(engine)
             raise ValueError(
-                "engine: expected 'pruned', 'reprefill', 'vllm' or an address http://…/v1, got "
-                f"{got!r}"
+                "engine: expected 'pruned', 'reprefill', 'vllm' or an address http://…/v1 or "
+                f"vllm+http://…, got {got!r}"
             )
         if isinstance(engine, str) and _is_url(engine):
-            origin_of("engine", engine)
+            origin_of("engine", engine.removeprefix(_SESSIONS))
         if not isinstance(engine, str):
             for name, value in (("model", model), ("tokenizer", tokenizer)):
                 if value is not None:
@@ -303,6 +305,11 @@ class MemoryEfficientAgent:
                     "model: with a server, expected the name that it serves, got a "
                     f"{type(self.model).__name__}"
                 )
+            if kind.startswith(_SESSIONS):
+                from mem1_kernels.vllm import VLLMServerEngine
+
+                address = kind.removeprefix(_SESSIONS)
+                return VLLMServerEngine(address, self._load_tokenizer())
             return ServerEngine(kind, self.model, self._load_tokenizer())
         if kind == "vllm":
             if not named:
@@ -340,7 +347,7 @@ def _load(name: str, kind: str, **options: Any) -> Any:
 
 
 def _is_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
+    return text.removeprefix(_SESSIONS).startswith(("http://", "https://"))
 
 
 def _memory_of(memory: Any) -> UserMemory | None:

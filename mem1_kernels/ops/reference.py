@@ -346,8 +346,8 @@ def move_slots_(
 ) -> None:
     """Slot `sources[i]` of every layer goes to `destinations[i]`, byte for byte.
 
-    pages: `[pages, heads, page_size, row]`. offsets: `[page_size, row]`, where a slot's elements lie
-    among those of its page and head; None: in their order.
+    pages: `[pages, heads, page_size, row]`. offsets: `[page_size, row]`, where a slot's elements
+    lie among those of its page and head; None: in their order.
     """
     for x in map(_as_bytes, pages):
         page_size, row = x.shape[2], x.shape[3]

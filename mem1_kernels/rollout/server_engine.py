@@ -105,7 +105,7 @@ class ServerEngine:
         self._mask = Mask([key, *secrets, *private])
         # No redirects: the key and the prompts go to this origin only.
         self._httpx = httpx = _httpx_of(openai)
-        transport = _limited(httpx, turn_timeout, max_bytes)
+        transport = limited_transport(httpx, turn_timeout, max_bytes)
         try:
             self._client = openai.OpenAI(
                 base_url=base_url,
@@ -313,7 +313,7 @@ def _httpx_of(openai: Any) -> Any:
     return importlib.import_module(client.__module__.partition(".")[0])
 
 
-def _limited(httpx: Any, seconds: float, max_bytes: int) -> Any:
+def limited_transport(httpx: Any, seconds: float, max_bytes: int) -> Any:
     """A transport with a limit on the time and the bytes of each exchange."""
     # A connection serves one request, so that the clock can end it.
     transport = httpx.HTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from mem1_kernels.rollout.engine import (
 )
 from mem1_kernels.rollout.loop import RolloutRow, Written, open_rows, run_turns
 from mem1_kernels.trajectory import Positions
+from mem1_kernels.vllm.support import prepare
 from mem1_kernels.vllm.turns import Chunk, Turns
 
 SCHEDULER = "mem1_kernels.vllm.scheduler.session_scheduler"
@@ -148,21 +148,9 @@ def _load(vllm: Any, model: str, options: dict[str, Any]) -> Any:
         chosen["kv_cache_memory_bytes"] = 2**30
     # Rows that wait for their turn in this process cannot give way, so none waits for them.
     chosen["additional_config"] = {"mem1": {"stall_seconds": 0.0}}
-    _shield_llvmlite()
+    prepare()
     with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"):
         return vllm.LLM(model, **{**chosen, **options})
-
-
-def _shield_llvmlite() -> None:
-    """Lets vLLM's CPU start pass by llvmlite, where numba (BM25's, for one) has loaded it.
-
-    vLLM reads `vars()` of all that any module holds. llvmlite's library takes every name for a
-    function of its own, `__dict__` too; with a table entry of that name it answers {}.
-    """
-    ffi = sys.modules.get("llvmlite.binding.ffi")
-    table = getattr(getattr(ffi, "lib", None), "_fntab", None)
-    if isinstance(table, dict):
-        table.setdefault("__dict__", {})
 
 
 @contextmanager

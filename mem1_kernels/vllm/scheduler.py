@@ -46,8 +46,11 @@ class StepMoves:
     offsets: dict[str, int] = field(default_factory=dict)
 
 
-class _Sessions:
-    """What is added to a scheduler. All of its state is by request id."""
+class SessionScheduler(Scheduler):
+    """vLLM's scheduler, with sessions whose tokens are dropped in place.
+
+    All that is added is by request id: `pruned` has the sessions that have dropped something.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,8 +106,8 @@ class _Sessions:
 
     def _full(self, tokens: int) -> str:
         return (
-            f"the session holds {tokens} live tokens, and max_model_len={self.max_model_len} is the "
-            "most: enlarge it, or drop more"
+            f"the session holds {tokens} live tokens, and max_model_len={self.max_model_len} is "
+            "the most: enlarge it, or drop more"
         )
 
     def _drop(self, session: Any, spans: list[tuple[int, int]]) -> None:
@@ -301,15 +304,11 @@ def _asked(request: Any) -> dict[str, Any]:
     return (params.extra_args or {}).get("mem1") or {} if params else {}
 
 
-class SessionScheduler(_Sessions, Scheduler):
-    """vLLM's scheduler, with sessions whose tokens are dropped in place."""
+class AsyncSessionScheduler(SessionScheduler, AsyncScheduler):
+    """The same for asynchronous scheduling. Never run: see `support.UNTESTED`."""
 
 
-class AsyncSessionScheduler(_Sessions, AsyncScheduler):
-    """The same for asynchronous scheduling."""
-
-
-def session_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> _Sessions:
+def session_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> SessionScheduler:
     """What `scheduler_cls` names: the scheduler for the engine's way of scheduling."""
     kind = (
         AsyncSessionScheduler if vllm_config.scheduler_config.async_scheduling else SessionScheduler

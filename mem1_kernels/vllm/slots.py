@@ -57,14 +57,17 @@ def read_spans(asked: Any) -> list[tuple[int, int]]:
     >>> read_spans([[3, 5], [9, 9]])
     [(3, 5), (9, 9)]
     """
-    listed = asked if isinstance(asked, Sequence) and not isinstance(asked, str | bytes) else None
-    for span in [None] if listed is None else listed:
-        numbers = isinstance(span, Sequence) and len(span) == 2
-        if not numbers or any(type(x) is not int for x in span) or not 0 <= span[0] <= span[1]:
-            raise ValueError(
-                f"drop: expected pairs [start, end] of positions, 0 <= start <= end, got {asked!r}"
-            )
-    return [(start, end) for start, end in listed or ()]
+
+    def fits(span: Any) -> bool:
+        numbers = isinstance(span, Sequence) and [type(x) for x in span] == [int, int]
+        return numbers and 0 <= span[0] <= span[1]
+
+    listed = isinstance(asked, Sequence) and not isinstance(asked, str | bytes)
+    if not listed or not all(fits(span) for span in asked):
+        raise ValueError(
+            f"drop: expected pairs [start, end] of positions, 0 <= start <= end, got {asked!r}"
+        )
+    return [(start, end) for start, end in asked]
 
 
 def drop(slots: Slots, count: int, spans: Sequence[tuple[int, int]]) -> Drop | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 TESTED = ("0.32.0",)
@@ -114,3 +115,16 @@ def rope_rows(config: Any) -> int:
             "not known"
         )
     return rows
+
+
+def prepare() -> None:
+    """What vLLM calls in each of its processes: lets its CPU start pass by llvmlite.
+
+    At its start on a CPU, vLLM reads `vars()` of all that any module holds. llvmlite, which numba
+    (and so BM25 search) loads, takes every name for a function of its library, `__dict__` too, and
+    vLLM fails at what it gets; with a table entry of that name, it gets {}.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    table = getattr(getattr(ffi, "lib", None), "_fntab", None)
+    if isinstance(table, dict):
+        table.setdefault("__dict__", {})

@@ -105,9 +105,10 @@ class Turns:
         the engine ran out of room."""
         written, generation = self.written, self.generation
         if not stopped and len(token_ids) < self.asked:
+            done = len(written.token_ids) + len(token_ids)
             self.fail(
-                f"the turn was cut after {len(written.token_ids) + len(token_ids)} tokens: the row's "
-                "live tokens reached max_model_len; enlarge it, or drop more"
+                f"the turn was cut after {done} tokens: the row's live tokens reached "
+                "max_model_len; enlarge it, or drop more"
             )
             return
         written.token_ids += token_ids

@@ -42,7 +42,7 @@ class _Runner:
         self.slot_offsets = packed_offsets(pages[0], self.cache_config) if packed else None
 
     def before_step(self: Any, scheduler_output: Any) -> None:
-        """Moves slots, before blocks are zeroed, copied or written: what was freed may be reused."""
+        """Moves slots before blocks are zeroed, copied or written: those freed may be in use."""
         step: StepMoves = getattr(scheduler_output, "mem1", None) or StepMoves()
         for sources, destinations in in_order(step.moves):
             device = self.kv_caches[0].device
@@ -120,8 +120,8 @@ class _CPUGenerator(torch.Generator):
     def get_offset(self) -> int:
         return 0
 
-    def set_offset(self, offset: int) -> None:
-        return None
+    def set_offset(self, offset: int) -> torch.Generator:
+        return self
 
 
 def check_layers(config: Any, model: torch.nn.Module) -> None:
