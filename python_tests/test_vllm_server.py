@@ -179,7 +179,7 @@ def test_a_client_that_loses_connections_gets_exact_turns(url, model, monkeypatc
         send, count = engine._client.stream, iter(range(10**6))
 
         @contextlib.contextmanager
-        def lossy(method, path, send=send, count=count, **options):
+        def lossy(method, path, send=send, count=count, streamed=streamed, **options):
             with send(method, path, **options) as reply:
                 if method == "POST" and next(count) % 2 == 0:
                     lines = reply.iter_lines()
