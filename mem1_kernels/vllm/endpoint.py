@@ -32,6 +32,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from vllm import SamplingParams
 from vllm.engine.protocol import StreamingInput
+from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
@@ -291,7 +292,7 @@ class SessionPlugin:
             try:
                 asked = sessions.step(name, number, body)
                 stream = bool(json.loads(body).get("stream"))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, VLLMClientError) as error:
                 return JSONResponse({"error": str(error)}, 400)
             except LookupError as error:
                 return JSONResponse({"error": error.args[0]}, 409)
