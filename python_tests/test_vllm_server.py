@@ -6,11 +6,6 @@ Run by `make test-vllm`, in an environment that has vLLM.
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -21,7 +16,17 @@ pytest.importorskip("vllm", reason="vllm is not installed: make test-vllm")
 
 import httpx
 from agent_models import make_tokenizer
-from vllm_models import FP32, GENERATION, LAST_TURNS, PROMPTS, differences, load, save_model, world
+from vllm_models import (
+    FP32,
+    GENERATION,
+    LAST_TURNS,
+    PROMPTS,
+    differences,
+    load,
+    running,
+    save_model,
+    world,
+)
 
 from mem1_kernels import fold, keep_last, mem1, memento
 from mem1_kernels.agent import BM25, MemoryEfficientAgent, Passage
@@ -29,37 +34,6 @@ from mem1_kernels.rollout import EngineError, ServerEngine
 from mem1_kernels.vllm import VLLMServerEngine
 
 IDLE = 6.0
-
-
-@contextlib.contextmanager
-def running(folder: str, *options: str, **variables: str):
-    """The address of a server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "mem1_kernels.vllm.serve", folder, "--host", "127.0.0.1",
-        "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
-        "--block-size", "32", "--kv-cache-memory-bytes", str(64 * 2**20), *options,
-    ]  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(command, env={**os.environ, **variables}, start_new_session=True)
-    try:
-        for _ in range(600):
-            if server.poll() is not None:
-                raise RuntimeError(f"the server ended with {server.returncode}")
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/v1/mem1").status_code == 200:
-                    break
-            time.sleep(0.5)
-        yield url
-        assert server.poll() is None  # it lives
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

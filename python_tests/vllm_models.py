@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 import transformers
 
@@ -110,6 +117,38 @@ def world(last_turns: list[int], most: int = 17) -> Callable[[Any], list[list[in
         ]
 
     return respond
+
+
+@contextlib.contextmanager
+def running(folder: str, *options: str, **variables: str) -> Iterator[str]:
+    """The address of a server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mem1_kernels.vllm.serve", folder, "--host", "127.0.0.1",
+        "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
+        "--block-size", "32", "--kv-cache-memory-bytes", str(64 * 2**20), *options,
+    ]  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    variables = {**os.environ, **variables, "MEM1_LOAD_PORT": str(port)}
+    server = subprocess.Popen(command, env=variables, start_new_session=True)
+    try:
+        for _ in range(600):
+            if server.poll() is not None:
+                raise RuntimeError(f"the server ended with {server.returncode}")
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/v1/mem1").status_code == 200:
+                    break
+            time.sleep(0.5)
+        yield url
+        assert server.poll() is None  # it lives
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 PROMPTS = [[(7 * i + r) % 100 + 20 for i in range(50 + 3 * r)] for r in range(4)]
