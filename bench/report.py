@@ -98,7 +98,7 @@ def rollout() -> str:
 
 
 def trees() -> str:
-    report = load("cpu/trees.json")
+    report = load("cpu-amx/trees.json")
     cases: dict[tuple[str, str], dict[str, Any]] = {}
     for r in report["rows"]:
         if "pass" in r:
@@ -197,7 +197,7 @@ def hops() -> str:
 
 
 FILES = {
-    ROOT / "README.md": (attention, attention_amx, rollout, hops, ablation),
+    ROOT / "README.md": (attention, attention_amx, trees, rollout, hops, ablation),
     RESULTS / "README.md": (prune, sm90),
 }
 

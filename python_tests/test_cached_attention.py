@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo.testing
-from cache_cases import DTYPES, int32, make_case
+from cache_cases import DTYPES, GENERATOR, int32, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -470,6 +470,29 @@ def test_autocast_does_not_reach_inside():
     with torch.autocast("cpu", torch.bfloat16):
         got = case.run()
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (8, 8, 32), (7, 1, 128)])
+def test_decoding_repeats_training(heads, kv_heads, head_dim, chunk, dtype):
+    """Both round a weight alike, so their outputs differ where a sum's last bit decides only."""
+    tokens = 200
+    query, key, value = (
+        torch.randn(1, tokens, count, head_dim, generator=GENERATOR(count)).to(dtype)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    trained = trajectory_attention(3 * query, key, value, torch.full((tokens,), tokens))
+    caches = key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
+    decoded = [
+        cached_attention(3 * part, *caches, int32(min(start + chunk, tokens)))
+        for start, part in zip(range(0, tokens, chunk), query.split(chunk, 1), strict=True)
+    ]
+    if dtype == torch.float32:
+        torch.testing.assert_close(torch.cat(decoded, 1), trained)
+    else:  # a finer grid is crossed more often
+        limit = 1e-3 * torch.finfo(torch.bfloat16).eps / torch.finfo(dtype).eps
+        assert (torch.cat(decoded, 1) != trained).float().mean() < limit
 
 
 @pytest.mark.parametrize("level", ["default", "avx2", "avx512", "avx512bf16", "amx"])

@@ -170,3 +170,60 @@ def test_benchmark_shape(options):
     with torch.random.fork_rng():
         seconds = example("benchmark_shape").main([*shape, *options])
     assert seconds.keys() == {"ours", "dense mask", "merely causal"}
+
+
+class Watched:
+    """A scripted policy that records how long its contexts were."""
+
+    def __init__(self, monkeypatch, module):
+        self.write, self.sizes = module.scripted, []
+        monkeypatch.setattr(module, "scripted", self)
+
+    def __call__(self, context):
+        self.sizes.append(len(context.encode()))
+        return self.write(context)
+
+
+def small_model():
+    tokenizer = make_tokenizer()
+    return make_model(len(tokenizer)), tokenizer
+
+
+def test_research(monkeypatch):
+    module = example("research")
+    watched = Watched(monkeypatch, module)
+    result = module.main()
+    assert (len(result.turns), result.reward) == (105, 1.0)
+    assert sum(turn.kind == "tool" for turn in result.turns) == module.SOURCES * module.PAGES
+    # What comes back differs by some bytes from page to page; turn 100 holds no more than turn 3.
+    assert max(watched.sizes[50:]) <= 1.1 * max(watched.sizes[2:50])
+    assert result.peak_context * 20 < result.total_tokens
+
+
+def test_support_desk():
+    results, orders = example("support_desk").main()
+    refunds = ["refunded: voucher", "refunded: money", "refunded: voucher"]
+    assert orders == list(enumerate(refunds, 1))
+    assert [result.answer for result in results] == ["refunded", "refunded", "refunded", "unknown"]
+    assert "wants: voucher" in results[2].prompt and "wants: voucher" not in results[1].prompt
+
+
+def test_production_line(monkeypatch):
+    module = example("production_line")
+    watched = Watched(monkeypatch, module)
+    result, wrong = module.main()
+    assert (len(result.turns), wrong) == (72, 0)
+    assert max(watched.sizes[40:]) <= 1.1 * max(watched.sizes[2:40])
+    assert module.violations(module.events(), {}) == 30
+
+
+@pytest.mark.parametrize("name", ["research", "support_desk", "production_line"])
+def test_an_application_takes_any_model(name):
+    """Random weights solve nothing, and each counts what they did."""
+    outcome = example(name).main(*small_model(), max_turns=1)
+    if name == "research":
+        assert outcome.reward == 0
+    else:
+        results, state = outcome
+        paid = [(number, "paid") for number in (1, 2, 3)]
+        assert state == (paid if name == "support_desk" else 30)

@@ -606,6 +606,22 @@ def test_data_parallel_with_a_plan_a_rank(tmp_path: Any) -> None:
             rank.kill()
 
 
+def test_a_plan_arrives_through_layers_that_fsdp_wraps() -> None:
+    """Where FSDP casts a layer's inputs, it hands on copies of every dataclass among them."""
+    from torch.distributed.utils import _apply_to_tensors
+
+    def cast(module: Any, args: Any, kwargs: Any) -> Any:
+        return tuple(_apply_to_tensors(torch.Tensor.clone, part) for part in (args, kwargs))
+
+    model, layout = hf.patch(build("gemma2")), LAYOUTS["kept"]
+    ids = ids_for(layout.num_tokens)
+    arguments = {"position_ids": layout.position_ids[None], "plan": plan_of(layout)}
+    expected = model(ids, **arguments).logits
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(cast, with_kwargs=True)
+    assert torch.equal(model(ids, **arguments).logits, expected)
+
+
 def test_importing_the_package_leaves_transformers_alone() -> None:
     check = (
         "import sys, mem1_kernels; assert 'transformers' not in sys.modules\n"

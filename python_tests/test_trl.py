@@ -20,7 +20,6 @@ from mem1_kernels.audit.__main__ import main as audit
 from mem1_kernels.hf import patch
 from mem1_kernels.rollout import Generation, HFEngine
 from mem1_kernels.rollout.trl import TrajectoryGRPOTrainer
-from mem1_kernels.testing import assert_within_budget
 
 SMALL = {"per_device_train_batch_size": 8, "num_generations": 4, "save_strategy": "no"}
 SMALL |= {"bf16": False}  # TRL's default is True
@@ -100,8 +99,9 @@ def test_loss_and_gradients_are_those_under_dense_masks(positions, monkeypatch):
     want_loss, exact, want = dense(trainer, torch.float64)
     _, _, plain = dense(trainer, torch.float32)
     assert float(trainer.loss) == pytest.approx(float(want_loss), abs=1e-5)
+    # By norm: through a whole model, where the one largest error falls is chance.
     for name, gradient in trainer.gradients.items():
-        assert_within_budget(name, gradient, plain[name], want[name])
+        assert (gradient - want[name]).norm() <= 2 * (plain[name] - want[name]).norm(), name
     # What was sampled is what the dense masks give.
     ids = torch.cat([trainer.inputs["prompt_ids"], trainer.inputs["completion_ids"]], 1)
     assert len(ids) == 8 and len(exact) == int(

@@ -129,8 +129,12 @@ struct Sums {
 };
 
 // P = 2^(c score - base), and a base up to this far below the maximum serves as well as the
-// maximum.
+// maximum. Bases are integers: see Bf16Words::base.
 constexpr float kBaseSlack = 8;
+
+inline Vec round_up(Vec x) {
+  return _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+}
 
 }  // namespace
 }  // namespace mem1::cpu

@@ -484,7 +484,7 @@ void find_base(const Exponent& exponent, bool softcap, const Mask& mask, int que
   }
   step->rescaled = false;
   for (int v = 0; v < 2; ++v) {
-    const Vec own = top[v] == -INFINITY ? top[v] : top[v] * exponent.c;
+    const Vec own = top[v] == -INFINITY ? top[v] : round_up(top[v] * exponent.c);
     const __mmask16 move = _mm512_cmp_ps_mask(own, base[v] + kBaseSlack, _CMP_GT_OQ);
     step->base[v] = _mm512_mask_mov_ps(base[v], move, own);
     step->rescale[v] = base[v] == -INFINITY ? Vec{} : exp2(base[v] - step->base[v]);

@@ -97,18 +97,18 @@ inline Vec masked_score(const ScoreScale& scale, const Mask& mask, int k, int la
 }
 
 // One step of the online softmax. The dot products of the strip's keys with kVecs vectors of
-// queries become weights exp(score - maximum), as words of a product over the keys; what these
-// queries gathered so far is rescaled to the new maximum. `row_weight` sums the weights as they
+// queries become weights exp(score - base), as words of a product over the keys; what these
+// queries gathered so far is rescaled to the new base. `row_weight` sums the weights as they
 // multiply the values, which may be rounded: it normalizes the output, so that the weight of a key
 // that outweighs the others is exactly 1. `row_sum` makes the LSE.
 template <typename Words, bool kMasked, bool kSoftcap, int kVecs>
 void online_softmax_update(const ScoreScale& scale, const Mask& mask, const Strip& strip, int lane,
-                           int head_dim, float* scores, float* row_max, float* row_sum,
+                           int head_dim, float* scores, float* row_base, float* row_sum,
                            float* row_weight, float* out) {
   constexpr bool kStored = kMasked || kSoftcap;  // scores that are dear enough to keep for exp
   for (int v = 0; v < kVecs; ++v, lane += kLanes) {
-    const Vec old_top = at(row_max + lane);
-    Vec tops[2] = {old_top, old_top}, unused;
+    const Vec old_base = at(row_base + lane);
+    Vec tops[2] = {splat(-INFINITY), splat(-INFINITY)}, unused;
     for (int k = strip.key_begin; k < strip.key_end; k += 2) {
       for (int i = 0; i < 2; ++i) {
         Vec& dot = at(scores + (k + i) * kLaneStride + lane);
@@ -117,8 +117,8 @@ void online_softmax_update(const ScoreScale& scale, const Mask& mask, const Stri
         tops[i] = max(score, tops[i]);
       }
     }
-    const Vec top = max(tops[0], tops[1]);
-    const Vec base = top == -INFINITY ? Vec{} : top;
+    const Vec new_base = max(Words::base(max(tops[0], tops[1])), old_base);
+    const Vec base = new_base == -INFINITY ? Vec{} : new_base;
     Vec sum{}, weight{};
     for (int k = strip.key_begin; k < strip.key_end; k += 2) {
       Vec p[2];
@@ -130,8 +130,8 @@ void online_softmax_update(const ScoreScale& scale, const Mask& mask, const Stri
       sum += p[0] + p[1];
       weight += Words::store_rows(scores, k, lane, p[0], p[1]);
     }
-    const Vec rescale = exp(old_top - base);
-    at(row_max + lane) = top;
+    const Vec rescale = exp(old_base - base);
+    at(row_base + lane) = new_base;
     at(row_sum + lane) = at(row_sum + lane) * rescale + sum;
     at(row_weight + lane) = at(row_weight + lane) * rescale + weight;
     for (int d = 0; d < head_dim; ++d) at(out + d * kLaneStride + lane) *= rescale;
@@ -208,7 +208,7 @@ void forward(const ForwardTile& tile, float* scratch) {
   float* const key = memory.rows(head_dim);
   float* const value = memory.rows(head_dim);
   float* const scores = memory.lanes(kTile);
-  float* const row_max = memory.lanes(1);
+  float* const row_base = memory.lanes(1);
   float* const row_sum = memory.lanes(1);
   float* const row_weight = memory.lanes(1);
 
@@ -218,7 +218,7 @@ void forward(const ForwardTile& tile, float* scratch) {
   memset(out, 0, sizeof(float) * head_dim * kLaneStride);
   memset(row_sum, 0, sizeof(float) * kTile);
   memset(row_weight, 0, sizeof(float) * kTile);
-  for (int q = 0; q < kTile; ++q) row_max[q] = -INFINITY;
+  for (int q = 0; q < kTile; ++q) row_base[q] = -INFINITY;
 
   const ScoreScale scale(problem.scale, problem.softcap);
   Mask mask(list, first_query, problem.tokens);
@@ -242,7 +242,7 @@ void forward(const ForwardTile& tile, float* scratch) {
             row_stride, query + lane, kLaneStride, scores + strip.key_begin * kLaneStride + lane,
             kLaneStride, false);
         online_softmax_update<Words, masked.value, softcap.value, vecs.value>(
-            scale, mask, strip, lane, head_dim, scores, row_max, row_sum, row_weight, out);
+            scale, mask, strip, lane, head_dim, scores, row_base, row_sum, row_weight, out);
         multiply<Words, Contiguous::kRows>(head_dim, vecs.value, strip.keys() / kPerWord,
                                            value + key_word * row_stride, row_stride,
                                            scores + key_word * kLaneStride + lane, kLaneStride,
@@ -259,7 +259,7 @@ void forward(const ForwardTile& tile, float* scratch) {
   transpose(head_dim, kTile, out, kLaneStride, key, row_stride);
   store_tokens<Element>(key, row_stride, mask.queries, head_dim, 1.f, tile.out, first_query);
   for (int q = 0; q < mask.queries; ++q) {
-    tile.lse[first_query + q] = row_sum[q] == 0 ? -INFINITY : row_max[q] + logf(row_sum[q]);
+    tile.lse[first_query + q] = row_sum[q] == 0 ? -INFINITY : row_base[q] + logf(row_sum[q]);
   }
 }
 

@@ -252,11 +252,11 @@ std::tuple<at::Tensor, at::Tensor> cached_attention_cpu(
   int64_t partials = 0;
   std::vector<PrefillRow> many;
   for (int64_t b = 0; b < shape.batch; ++b) {
-    if (taken[b] >= kTokensToPack && !position_ids && packs_key_tiles(query.scalar_type())) {
+    const int64_t rows = taken[b] * group_heads;
+    if (rows > kFewRows && !position_ids && packs_key_tiles(query.scalar_type())) {
       many.push_back({b, held[b], taken[b]});
       continue;
     }
-    const int64_t rows = taken[b] * group_heads;
     const int64_t tiles = rows <= kFewRows ? rows > 0 : (rows + kTile - 1) / kTile;
     for (int64_t i = 0; i < tiles * shape.kv_heads; ++i) {
       const int64_t tile = tiles - 1 - i / shape.kv_heads;  // those that see most come first

@@ -136,7 +136,7 @@ void attend_few_amx(const CachedRows& unit, float* scratch) {
       }
       top = _mm512_max_ps(score, top);
     }
-    const Vec own = top == -INFINITY ? top : top * exponent.c;
+    const Vec own = top == -INFINITY ? top : round_up(top * exponent.c);
     const __mmask16 move = _mm512_cmp_ps_mask(own, base + kBaseSlack, _CMP_GT_OQ);
     if (move != 0) {
       const Vec moved = _mm512_mask_mov_ps(base, move, own);

@@ -239,7 +239,7 @@ struct FewRows {
   float* query;    // words
   float* out;      // in the order of Lanes::dim
   float* scores;   // [rows, kSlotBlock]
-  float* top;
+  float* base;
   float* sum;     // of the weights, for the LSE
   float* weight;  // of the weights as they multiply the values, for the output
   float* rescale;
@@ -354,9 +354,9 @@ void add_rows(int count, const FewRows& rows, int first, const Values<Lanes>& va
   if (d < head_dim) add_vectors<Lanes, kRows, kPerWord, true>(rows, first, values, d, head_dim - d);
 }
 
-// One row's scores of a block of slots to weights exp(score - maximum); 0 where the row does not
+// One row's scores of a block of slots to weights exp(score - base); 0 where the row does not
 // see. Returns their sum.
-template <bool kSoftcap>
+template <typename Words, bool kSoftcap>
 float softmax_block(const ScoreScale& scale, const FewRows& rows, int row, int visible,
                     const int32_t* positions, int32_t nearest) {
   float* scores = rows.scores + row * kSlotBlock;
@@ -370,9 +370,9 @@ float softmax_block(const ScoreScale& scale, const FewRows& rows, int row, int v
     at(scores + i) = score;
     top = max(score, top);
   }
-  const float block_top = max_lanes(top), old_top = rows.top[row];
-  const float new_top = block_top > old_top ? block_top : old_top;
-  const float base = new_top == -INFINITY ? 0.f : new_top;
+  const float block_base = Words::base(splat(max_lanes(top)))[0], old_base = rows.base[row];
+  const float new_base = block_base > old_base ? block_base : old_base;
+  const float base = new_base == -INFINITY ? 0.f : new_base;
   Vec sum{};
   for (int i = 0; i < kSlotBlock; i += kLanes) {
     const Vec score = at(scores + i);
@@ -380,8 +380,8 @@ float softmax_block(const ScoreScale& scale, const FewRows& rows, int row, int v
     at(scores + i) = p;
     sum += p;
   }
-  rows.rescale[row] = exp(splat(old_top - base))[0];
-  rows.top[row] = new_top;
+  rows.rescale[row] = exp(splat(old_base - base))[0];
+  rows.base[row] = new_base;
   return add_turns<1>(sum)[0];
 }
 
@@ -404,7 +404,7 @@ void attend_few(const CachedRows& unit, float* scratch) {
   rows.out = memory.take(kFewRows * rows.stride);
   rows.scores = memory.take(kFewRows * kSlotBlock);
   int32_t* const positions = reinterpret_cast<int32_t*>(memory.take(kSlotBlock));
-  rows.top = memory.take(kFewRows);
+  rows.base = memory.take(kFewRows);
   rows.sum = memory.take(kFewRows);
   rows.weight = memory.take(kFewRows);
   rows.rescale = memory.take(kFewRows);
@@ -415,7 +415,7 @@ void attend_few(const CachedRows& unit, float* scratch) {
   for (int r = 0; r < unit.rows; ++r) {
     Lanes::Words::template pack_row<typename Lanes::Element>(
         rows.query + r * rows.stride, query_row<typename Lanes::Element>(unit, r), head_dim);
-    rows.top[r] = -INFINITY;
+    rows.base[r] = -INFINITY;
     rows.sum[r] = rows.weight[r] = 0;
   }
 
@@ -448,7 +448,8 @@ void attend_few(const CachedRows& unit, float* scratch) {
     for (int r = 0; r < unit.rows; ++r) {
       const int64_t own = sight.last[r] - (slot - unit.slot_begin) + 1;
       const int visible = own < slots ? static_cast<int>(own) : slots;
-      const auto softmax = unit.softcap == 0 ? softmax_block<false> : softmax_block<true>;
+      const auto softmax = unit.softcap == 0 ? softmax_block<typename Lanes::Words, false>
+                                             : softmax_block<typename Lanes::Words, true>;
       const float sum =
           softmax(scale, rows, r, visible, sight.windowed ? positions : nullptr, sight.nearest[r]);
       const float weight = Lanes::pack_weights(rows.scores + r * kSlotBlock, sum);
@@ -468,7 +469,7 @@ void attend_few(const CachedRows& unit, float* scratch) {
       const int64_t d = i / kChunk * kChunk + Lanes::dim(i % kChunk);
       if (d < head_dim) unit.out[r * head_dim + d] = from[i] * normalizer;
     }
-    unit.lse[r] = rows.sum[r] == 0 ? -INFINITY : rows.top[r] + logf(rows.sum[r]);
+    unit.lse[r] = rows.sum[r] == 0 ? -INFINITY : rows.base[r] + logf(rows.sum[r]);
   }
 }
 
@@ -495,12 +496,12 @@ namespace {
 // One step of the online softmax: as in attention, for one vector of rows and `slots` slots.
 template <typename Words, bool kMasked, bool kSoftcap>
 void softmax_lanes(const ScoreScale& scale, const Sight& sight, int first, int slots,
-                   const int32_t* positions, int lane, int head_dim, float* scores, float* row_max,
+                   const int32_t* positions, int lane, int head_dim, float* scores, float* row_base,
                    float* row_sum, float* row_weight, float* out) {
-  const Vec old_top = at(row_max + lane);
+  const Vec old_base = at(row_base + lane);
   const IntVec last = *reinterpret_cast<const IntVec*>(sight.last + lane);
   const IntVec nearest = *reinterpret_cast<const IntVec*>(sight.nearest + lane);
-  Vec top = old_top;
+  Vec top = splat(-INFINITY);
   for (int k = 0; k < slots; ++k) {
     Vec& score = at(scores + k * kLaneStride + lane);
     score *= scale.inner;
@@ -511,8 +512,9 @@ void softmax_lanes(const ScoreScale& scale, const Sight& sight, int first, int s
     }
     top = max(score, top);
   }
-  const Vec base = top == -INFINITY ? Vec{} : top;
-  const Vec rescale = exp(old_top - base);
+  const Vec new_base = max(Words::base(top), old_base);
+  const Vec base = new_base == -INFINITY ? Vec{} : new_base;
+  const Vec rescale = exp(old_base - base);
   Vec sum{}, weight{};
   for (int k = 0; k < slots; k += 2) {
     Vec p[2];
@@ -524,7 +526,7 @@ void softmax_lanes(const ScoreScale& scale, const Sight& sight, int first, int s
     sum += p[0] + p[1];
     weight += Words::store_rows(scores, k, lane, p[0], p[1]);
   }
-  at(row_max + lane) = top;
+  at(row_base + lane) = new_base;
   at(row_sum + lane) = at(row_sum + lane) * rescale + sum;
   at(row_weight + lane) = at(row_weight + lane) * rescale + weight;
   for (int d = 0; d < head_dim; ++d) at(out + d * kLaneStride + lane) *= rescale;
@@ -541,7 +543,7 @@ void attend_many(const CachedRows& unit, float* scratch) {
   float* const key = memory.rows(head_dim);
   float* const value = memory.rows(head_dim);
   float* const scores = memory.lanes(kTile);
-  float* const row_max = memory.lanes(1);
+  float* const row_base = memory.lanes(1);
   float* const row_sum = memory.lanes(1);
   float* const row_weight = memory.lanes(1);
   int32_t* const positions = reinterpret_cast<int32_t*>(memory.lanes(1));
@@ -553,7 +555,7 @@ void attend_many(const CachedRows& unit, float* scratch) {
   memset(row_sum, 0, sizeof(float) * kTile);
   memset(row_weight, 0, sizeof(float) * kTile);
   memset(positions, 0, sizeof(int32_t) * kTile);
-  for (int r = 0; r < kTile; ++r) row_max[r] = -INFINITY;
+  for (int r = 0; r < kTile; ++r) row_base[r] = -INFINITY;
 
   const Sight sight(unit);
   const ScoreScale scale(unit.scale, unit.softcap);
@@ -578,7 +580,7 @@ void attend_many(const CachedRows& unit, float* scratch) {
                                                       : softmax_lanes<Words, true, true>)
                                  : (unit.softcap == 0 ? softmax_lanes<Words, false, false>
                                                       : softmax_lanes<Words, false, true>);
-        step(scale, sight, first, slots, positions, lane + i * kLanes, head_dim, scores, row_max,
+        step(scale, sight, first, slots, positions, lane + i * kLanes, head_dim, scores, row_base,
              row_sum, row_weight, out);
       }
       multiply<Words, Contiguous::kRows>(head_dim, at_once, slots / kPerWord, value, row_stride,
@@ -589,7 +591,7 @@ void attend_many(const CachedRows& unit, float* scratch) {
     const float normalizer = row_weight[r] == 0 ? 0.f : 1 / row_weight[r];
     for (int d = 0; d < head_dim; ++d)
       unit.out[r * head_dim + d] = out[d * kLaneStride + r] * normalizer;
-    unit.lse[r] = row_sum[r] == 0 ? -INFINITY : row_max[r] + logf(row_sum[r]);
+    unit.lse[r] = row_sum[r] == 0 ? -INFINITY : row_base[r] + logf(row_sum[r]);
   }
 }
 
@@ -637,7 +639,7 @@ constexpr int kRowsWithoutTiles = 3;
 void attend(const CachedRows& unit, float* scratch) {
   if (unit.rows <= kRowsWithoutTiles) return attend_few<Bf16Lanes>(unit, scratch);
   if (unit.rows <= kFewRows) return attend_few_amx(unit, scratch);
-  attend_many<BFloat16, Fp32Words>(unit, scratch);
+  attend_many<BFloat16, Bf16Words>(unit, scratch);
 }
 
 void combine(const CachedSplits& all) { combine_rows<BFloat16>(all); }

@@ -7,9 +7,6 @@
 
 namespace mem1 {
 
-// From here on the packing of a row's slots pays.
-constexpr int64_t kTokensToPack = 32;
-
 // A row's new tokens, which are in its last slots.
 struct PrefillRow {
   int64_t batch, held, taken;

@@ -80,6 +80,9 @@ struct Fp32Words {
 
   static Vec multiply_add(Vec sum, float a, Vec b) { return sum + a * b; }
 
+  // What scores are taken from before they become weights: not below any of them.
+  static Vec base(Vec top) { return top; }
+
   // Lanes of one row, of an operand whose depth runs along the lanes.
   static void store_lanes(float* row, int lane, Vec x) { at(row + lane) = x; }
 
@@ -110,6 +113,14 @@ struct Bf16Words {
 
   static Vec multiply_add(Vec sum, float a, Vec b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)splat(a), (__m512bh)b);
+  }
+
+  // A multiple of ln 2, so that a weight has one mantissa whatever the base: then bfloat16 rounds
+  // it alike in training and in decoding, which meet keys in other tiles.
+  static Vec base(Vec top) {
+    const Vec power =
+        _mm512_maskz_roundscale_ps(0xffff, top * kLog2e, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    return top == -INFINITY ? top : power * kLn2;
   }
 
   static Vec round(Vec x) {

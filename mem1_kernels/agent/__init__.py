@@ -15,6 +15,7 @@ from mem1_kernels.agent.environment import (
     observation_ids,
 )
 from mem1_kernels.agent.episodes import Episodes, Result, TurnRecord
+from mem1_kernels.agent.memory import Notes, UserMemory
 from mem1_kernels.agent.qa import QATask, Question, RetrievalQA, compose, load_questions
 from mem1_kernels.agent.retrieval import BM25, Passage, RetrievalServer, open_retriever
 from mem1_kernels.agent.tags import MEM1, PAPER, WEBSHOP, ParsedTurn, TagSet, TokenTags
@@ -36,6 +37,7 @@ __all__ = [
     "HFEngine",
     "MemoryEfficientAgent",
     "ParsedTurn",
+    "Notes",
     "Passage",
     "QATask",
     "Question",
@@ -49,6 +51,7 @@ __all__ = [
     "TokenTags",
     "ToolError",
     "TurnRecord",
+    "UserMemory",
     "World",
     "compose",
     "load_questions",

@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mem1_kernels._secrets import origin_of, public_address
+from mem1_kernels._text import valid_text
 from mem1_kernels.agent.episodes import (
     Episodes,
     Result,
@@ -29,6 +30,7 @@ from mem1_kernels.agent.episodes import (
     TurnRecord,
     check_generation,
 )
+from mem1_kernels.agent.memory import Notes, UserMemory
 from mem1_kernels.agent.qa import QATask, RetrievalQA
 from mem1_kernels.agent.retrieval import open_retriever
 from mem1_kernels.agent.tags import MEM1, TagSet
@@ -89,6 +91,8 @@ class MemoryEfficientAgent:
         tokenizer: for a loaded model, or where it is not beside the model.
         max_info_tokens: the most tokens of an observation, its tags and hint included.
         workers: how many environments may act at once, for tools that wait for a network.
+        memory: what is remembered of users between tasks: a `UserMemory`, or the path of its file.
+            None: nothing, and no `user` may be named.
         progress: show a progress bar, on stderr, one step per turn.
         on_text: called with (task number, piece of text) while a turn is written, where the
             environment speaks text.
@@ -124,6 +128,7 @@ class MemoryEfficientAgent:
         tokenizer: Any = None,
         max_info_tokens: int = 600,
         workers: int = 1,
+        memory: str | Path | UserMemory | None = None,
         progress: bool = True,
         on_text: Callable[[int, str], None] | None = None,
         on_turn: Callable[[int, TurnRecord], None] | None = None,
@@ -156,6 +161,7 @@ class MemoryEfficientAgent:
         self.generation = generation
         self.max_info_tokens = max_info_tokens
         self.workers = workers
+        self.memory = _memory_of(memory)
         self.progress = progress
         self.on_text = on_text
         self.on_turn = on_turn
@@ -170,7 +176,12 @@ class MemoryEfficientAgent:
         return self._engine
 
     def process(
-        self, task: Any = "", queries: Sequence[str] | None = None, *, max_turns: int | None = None
+        self,
+        task: Any = "",
+        queries: Sequence[str] | None = None,
+        *,
+        max_turns: int | None = None,
+        user: str | None = None,
     ) -> Result:
         """Runs one task to its end.
 
@@ -180,9 +191,13 @@ class MemoryEfficientAgent:
             queries: the questions, each of which gets an answer.
             max_turns: turns after which the episode ends; the policy is told how many are left.
                 Default: the generation's.
+            user: whose task it is: it begins with the internal state that the user's last task
+                ended with, and leaves its own. None: it neither reads nor leaves anything.
 
         Raises:
-            TypeError, ValueError: a task that the environment does not know; no queries.
+            TypeError, ValueError: a task that the environment does not know; no queries; a user,
+                and no memory.
+            sqlite3.OperationalError: the memory is locked for too long, or its disk is full.
             EngineError: a server that cannot generate.
         """
         if queries is not None:
@@ -191,20 +206,55 @@ class MemoryEfficientAgent:
             task = QATask(tuple(queries), topic=str(task))
         elif isinstance(task, str) and isinstance(self._make(), RetrievalQA):
             raise TypeError("queries: expected the questions, got None")
-        return self.run([task], max_turns=max_turns)[0]
+        return self.run([task], max_turns=max_turns, users=[user])[0]
 
-    def run(self, tasks: Sequence[Any], *, max_turns: int | None = None) -> list[Result]:
+    def run(
+        self,
+        tasks: Sequence[Any],
+        *,
+        max_turns: int | None = None,
+        users: Sequence[str | None] | None = None,
+    ) -> list[Result]:
         """Runs several tasks side by side; one result each, in order.
 
         A tool that fails ends its own episode, with the error recorded in its result, and leaves
-        the others alone.
+        the others alone. What a task leaves of a user is the state of its last turn that could be
+        read; without one, what was there stays.
+
+        Args:
+            users: for each task, its user, as for `process`. Default: none.
 
         Raises:
-            ValueError: no tasks, or max_turns < 1.
+            ValueError: no tasks, max_turns < 1, as many users as tasks are expected, or a user and
+                no memory.
             EngineError: a server that cannot generate.
         """
         if not tasks:
             raise ValueError("tasks: expected at least one, got none")
+        opened = self._open(users, len(tasks))
+        results = self._run(tasks, max_turns, opened)
+        for notes, result in zip(opened, results, strict=True):
+            states = [turn.state for turn in result.turns if turn.state]
+            if notes is not None and states:
+                assert self.memory is not None
+                self.memory.save(notes, valid_text(str(states[-1])))
+        return results
+
+    def _open(self, users: Sequence[str | None] | None, count: int) -> list[Notes | None]:
+        """What is remembered for each task."""
+        users = [None] * count if users is None else users
+        if isinstance(users, str) or len(users) != count:
+            raise ValueError(f"users: expected one per task, {count}, got {users!r:.200}")
+        if self.memory is None and any(user is not None for user in users):
+            raise ValueError("memory: expected a file beside a user, got None")
+        return [
+            None if user is None or self.memory is None else self.memory.open(user)
+            for user in users
+        ]
+
+    def _run(
+        self, tasks: Sequence[Any], max_turns: int | None, opened: Sequence[Notes | None]
+    ) -> list[Result]:
         generation = self.generation
         if max_turns is not None:
             generation = replace(generation, max_turns=max_turns)
@@ -223,6 +273,7 @@ class MemoryEfficientAgent:
                 max_info_tokens=self.max_info_tokens,
                 workers=self.workers,
                 on_turn=self.on_turn,
+                notes=[notes.text if notes else "" for notes in opened] if any(opened) else None,
             )
             stream: TextStream | None = None
             if self.on_text is not None and episodes.codec is not None:
@@ -297,6 +348,15 @@ def _load(name: str, kind: str, **options: Any) -> Any:
 
 def _is_url(text: str) -> bool:
     return text.removeprefix(_SESSIONS).startswith(("http://", "https://"))
+
+
+def _memory_of(memory: Any) -> UserMemory | None:
+    if memory is None or isinstance(memory, UserMemory):
+        return memory
+    if not isinstance(memory, str | Path):
+        got = type(memory).__name__
+        raise TypeError(f"memory: expected a UserMemory or the path of one, got {got}")
+    return UserMemory(memory)
 
 
 def _maker(environment: Any, tags: TagSet | None) -> Callable[[], Any]:

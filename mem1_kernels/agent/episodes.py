@@ -32,6 +32,9 @@ from mem1_kernels.rollout import Engine, EngineError, Generation, Rollout, Turn
 from mem1_kernels.rollout.engine import check_count
 from mem1_kernels.trajectory import Trajectory
 
+NOTES = "Your notes at the end of this user's earlier tasks:"
+"""The line above what is remembered of a user, in the prompt."""
+
 
 @dataclass
 class TurnRecord:
@@ -164,6 +167,8 @@ class Episodes:
         max_info_tokens: the most tokens of an observation, its tags and hint included.
         workers: how many environments may act at once, for tools that wait for a network.
         on_turn: called with (task number, TurnRecord) after each turn.
+        notes: for each task, what is remembered from earlier ones; it stands at the end of the
+            prompt, as foreign text. "": nothing. Default: nothing for any task.
 
     Attributes:
         prompts: token ids of each episode that has begun; row r of the engine is one of them.
@@ -172,8 +177,10 @@ class Episodes:
         records: for each task, its turns.
 
     Raises:
-        TypeError: an environment that speaks text, and an engine without a tokenizer.
-        ValueError: an argument out of its range, or stops in the generation.
+        TypeError: an environment that speaks text, and an engine without a tokenizer; notes, and
+            an environment that speaks ids.
+        ValueError: an argument out of its range, stops in the generation, or as many notes as tasks
+            are expected.
 
     >>> import random, torch, transformers
     >>> from mem1_kernels.agent.tasks import ChainTask, TableEnvironment, VOCABULARY
@@ -199,18 +206,26 @@ class Episodes:
         max_info_tokens: int = 600,
         workers: int = 1,
         on_turn: Callable[[int, TurnRecord], None] | None = None,
+        notes: Sequence[str] | None = None,
     ) -> None:
         check_count("max_info_tokens", max_info_tokens)
         check_generation(generation)
+        if notes is not None and len(notes) != len(tasks):
+            raise ValueError(f"notes: expected one per task, {len(tasks)}, got {len(notes)}")
         self.started = time.perf_counter()
         self.batch = EnvironmentBatch(make, workers=workers)
         self.tags = self.batch.tags
         self.vocabulary = engine.vocabulary
         self.max_info_tokens = max_info_tokens
         self.on_turn = on_turn
-        self.contents = self.batch.reset(tasks)
-        self.records: list[list[TurnRecord]] = [[] for _ in tasks]
         text = isinstance(self.tags.stops[0], str)
+        if notes is not None and not text:
+            raise TypeError("notes: expected an environment that speaks text, got one of token ids")
+        self.contents = self.batch.reset(tasks)
+        if notes is not None:
+            for place in self.batch.active:
+                self.contents[place] = f"{self.contents[place]}{self._remembered(notes[place])}"
+        self.records: list[list[TurnRecord]] = [[] for _ in tasks]
         if text and engine.tokenizer is None:
             raise TypeError(
                 "tokenizer: expected one beside a loaded model, as the environment speaks text"
@@ -235,6 +250,15 @@ class Episodes:
                 self.places.append(place)
             except ValueError as error:
                 self.batch.fail(place, error)
+
+    def _remembered(self, notes: str) -> str:
+        """The end of a prompt: what is remembered, which the tags must not be read in."""
+        guard = getattr(self.tags, "guard", None)
+        if not notes:
+            return ""
+        if guard is None:
+            raise TypeError(f"notes: expected tags with guard, got {type(self.tags).__name__}")
+        return f"\n\n{NOTES}\n{guard(notes)}\n"
 
     @property
     def turns(self) -> list[TurnRecord]:

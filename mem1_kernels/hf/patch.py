@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
@@ -31,6 +32,7 @@ from mem1_kernels.hf.decoder import (
     table_of,
 )
 from mem1_kernels.hf.rotation import angles, find_rope, turn
+from mem1_kernels.hf.sequence import gather_position_ids, gather_tokens, scatter_tokens
 from mem1_kernels.mask import windowed
 from mem1_kernels.ops.attention import trajectory_attention
 from mem1_kernels.ops.rope import Rope
@@ -58,7 +60,7 @@ _NOT_OURS = frozenset(
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model) -> Model:
+def patch(model: Model, *, sequence_group: dist.ProcessGroup | None = None) -> Model:
     """Makes every attention layer of `model` run `trajectory_attention`.
 
     The model then takes one keyword more: `model(input_ids, position_ids=..., plan=...)`, with
@@ -103,7 +105,9 @@ def patch(model: Model) -> Model:
     - with a plan: cached tokens, layers of other kinds than full and sliding-window attention, a
       model that does not hand the plan to its attention, missing `position_ids` of a layout whose
       positions are others than 0, 1, 2, ..., and `labels` that the shift by one makes wrong;
-    - `loss_weights` without `shift_labels`, or of a model whose loss has other parts (experts).
+    - `loss_weights` without `shift_labels`, or of a model whose loss has other parts (experts);
+    - with a sequence_group: no plan, an attention mask, labels, or heads that the processes cannot
+      share.
 
     A model that is not patched ignores a plan silently, as transformers does with any keyword.
 
@@ -136,7 +140,9 @@ def patch(model: Model) -> Model:
         and (module is root or module.config is decoder.config)
     ]
     guards = [
-        module.register_forward_pre_hook(partial(_check_plan, _names(module)), with_kwargs=True)
+        module.register_forward_pre_hook(
+            partial(_check_plan, _names(module), sequence_group), with_kwargs=True
+        )
         for module in readers
     ]
     if root.get_output_embeddings() is not None:
@@ -146,7 +152,7 @@ def patch(model: Model) -> Model:
         guards.append(root.register_forward_pre_hook(check_labels, with_kwargs=True))
         guards.append(root.register_forward_hook(_weigh_loss, with_kwargs=True))
     stack = stack_of(decoder)
-    open_pass = partial(_open_pass, table_of(stack), _Rotation())
+    open_pass = partial(_open_pass, table_of(stack), _Rotation(), sequence_group)
     guards.append(stack.register_forward_pre_hook(open_pass, with_kwargs=True))
     guards.append(stack.register_forward_hook(_close_pass, with_kwargs=True))
     setattr(root, _STATE, _Patch(before, guards))
@@ -273,11 +279,21 @@ def cache_keyword(model: nn.Module) -> str:
 
 
 def _check_plan(
-    names: list[str], module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+    names: list[str],
+    sequence_group: dist.ProcessGroup | None,
+    module: PreTrainedModel,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> None:
     """Before every forward of a patched model under a plan."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     plan = given.get("plan")
+    if sequence_group is not None:
+        if plan is None:
+            raise ValueError("plan: expected one for a model with a sequence_group, got none")
+        for name in ("attention_mask", "labels"):
+            if given.get(name) is not None:
+                raise ValueError(f"{name}: expected None for a model with a sequence_group")
     if plan is None:
         return
     current = module.config.get_text_config(decoder=True)._attn_implementation
@@ -292,8 +308,9 @@ def _check_plan(
     if inputs is None:
         return  # the model raises
     batch, tokens = inputs.shape[:2]
-    if plan.tokens != tokens:
-        raise ValueError(f"plan: expected {tokens} tokens, got {plan.tokens}")
+    slices = 1 if sequence_group is None else dist.get_world_size(sequence_group)
+    if plan.tokens != tokens * slices:
+        raise ValueError(f"plan: expected {tokens * slices} tokens, got {plan.tokens}")
     position_ids = given.get("position_ids")
     if position_ids is not None:
         check_position_ids(position_ids, tokens, batch, planes=True)
@@ -384,6 +401,7 @@ def _weigh_loss(
 def _open_pass(
     table: PositionTable | None,
     rotation: _Rotation,
+    sequence_group: dist.ProcessGroup | None,
     module: nn.Module,
     args: tuple,
     kwargs: dict[str, Any],
@@ -418,7 +436,7 @@ def _open_pass(
             "plan: expected a model of full and sliding-window attention only, but "
             f"{type(module).__name__} has layers of other kinds: {other}"
         )
-    arrival = _Arrival()
+    arrival = _Arrival(sequence_group)
     if kwargs["plan"].prompt is not None:
         if rotation.rope is None:
             rotation.rope = find_rope(cast(PreTrainedModel, module))
@@ -435,13 +453,17 @@ def _close_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
         raise ValueError(f"plan: {type(module).__name__} does not hand it to its attention")
 
 
-@dataclass
 class _Arrival:
-    """Goes through the layers with a plan; `seen` once the plan has reached an attention."""
+    """Goes through the layers with a plan; `seen` once the plan has reached an attention.
 
-    seen: bool = False
-    rope: Rope | None = None  # where the plan is of "compact" positions
-    angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    No dataclass: FSDP hands each layer a copy of those, to cast the tensors in them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group  # that shares the row
+        self.seen = False
+        self.rope: Rope | None = None  # where the plan is of "compact" positions
+        self.angles: dict[int, tuple[Tensor, Tensor]] = {}
 
     def turned(self, x: Tensor, plan: BlockPlan, layer: int) -> Tensor:
         """`x` `[batch, heads, tokens, head_dim]` at the positions where it meets what is not of the
@@ -660,6 +682,11 @@ def _attention(
             layer, query, key, value, scale=scaling, softcap=softcap, window=sliding_window
         )
         return out, None
+    group = None if arrival is None else arrival.group
+    if group is not None:
+        query, key, value = (gather_tokens(x, group) for x in (query, key, value))
+        if mask.window is not None and mask.derived is None and position_ids is not None:
+            position_ids = gather_position_ids(position_ids, group)
     tokens, keys = query.shape[2], key.shape[2]
     if plan is not None:
         if arrival is not None:
@@ -673,7 +700,23 @@ def _attention(
         return _attend_to_cache(query, key, value, mask.cached, scaling, softcap), None
     elif keys != tokens:
         raise ValueError(f"key: expected {tokens} tokens (self-attention), got {keys}")
-    plan = mask.plan(plan, position_ids, query)
+    out = _attend(
+        module, query, key, value, mask.plan(plan, position_ids, query), arrival, scaling, softcap
+    )
+    return (out if group is None else scatter_tokens(out, group)), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    arrival: _Arrival | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention under a plan, `[batch, tokens, heads, head_dim]`."""
     prompt_query = None
     if plan.prompt is not None:
         layer = cast(Any, module).layer_idx
@@ -688,7 +731,7 @@ def _attention(
         softcap=softcap,
         prompt_query=prompt_query,
     )
-    return cast(Tensor, attended), None
+    return cast(Tensor, attended)
 
 
 def _check_call(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""The classes that verl calls. They import verl, so nothing else may import them."""
