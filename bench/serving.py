@@ -3,8 +3,9 @@
     bash python_tests/vllm_env.sh .venv-vllm env PYTHONPATH=. python -m bench.serving
 
 In an environment with vLLM (`make test-vllm` makes one), and with the extension built here against
-the same torch (`python -m mem1_kernels.info` says which is used). A random Llama writes every turn to its
-token limit (40 of state and 16 of action) and then reads an observation; the prompt has 300 tokens.
+the same torch (`python -m mem1_kernels.info` says which is used). A random Llama writes every turn
+to its token limit (40 of state and 16 of action) and then reads an observation; the prompt has 300
+tokens.
 Ways to run it, on the same weights, in turns:
 
 - vllm full: nothing is dropped; vLLM's prefix cache serves what was there before;
