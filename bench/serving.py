@@ -17,8 +17,8 @@ branches of three turns, which are dropped at their return.
 The work is the written tokens, `batch * turns * 56`. `tokens_s` and `tokens_cpu_s` are those over
 the seconds and the CPU seconds of the process, prefills included. `peak_blocks` is the most KV
 blocks that vLLM held for all rows at once, of `--block-size` tokens each. `first_ms` is the time
-from a tool's return to the row's next token, the mean over rows and turns. `over_in_place` is a way's CPU
-time over that of vllm in place, the median of the rounds.
+from a tool's return to the row's next token, the mean over rows and turns. `over_in_place` is a
+way's CPU time over that of vllm in place, the median of the rounds.
 """
 
 from __future__ import annotations
