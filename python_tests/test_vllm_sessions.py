@@ -69,10 +69,15 @@ class Core:
         manager = scheduler_of(self.engine).kv_cache_manager.coordinator.single_type_managers[0]
         return manager.req_to_blocks[name]
 
-    def send(self, name, ids, new, *, resumable=False, drop=()):
-        asked = {"mem1": {"drop": [list(span) for span in drop]}} if drop else None
+    def send(self, name, ids, new, *, resumable=False, drop=(), asked=None):
+        if drop:
+            asked = {"drop": [list(span) for span in drop]}
         params = SamplingParams(
-            max_tokens=new, ignore_eos=True, logprobs=0, detokenize=False, extra_args=asked
+            max_tokens=new,
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+            extra_args={"mem1": asked} if asked else None,
         )
         request = self.engine.llm.llm_engine.input_processor.process_inputs(
             name,
@@ -191,6 +196,26 @@ def test_a_bad_drop_ends_its_own_session_only(engine, drop, why):
     core.core.abort_requests(["good", "bad"])
     assert core.pool.get_num_free_blocks() == before
     assert scheduler_of(engine)._gone == {} and scheduler_of(engine).pruned == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("garbage", "mem1: expected an object"),
+        ({"dorp": []}, "mem1: expected an object"),
+        ({"stop": [7]}, "stop: expected a list of texts"),
+        ({"stop": ["x"]}, "stop: texts need a tokenizer"),
+        ({"drop": [[0, 1]]}, "drop: a new request holds nothing"),
+    ],
+)
+def test_what_a_request_asks_cannot_end_the_engine(engine, asked, why):
+    """Any client of a server can send `extra_args`."""
+    core = Core(engine)
+    core.send("plain", [20, 21], 3)
+    core.send("odd", [20, 21], 3, asked=asked)
+    heard = core.until_done("plain", "odd")
+    assert heard["plain"][2] == [("length", None)]
+    assert heard["odd"][2][0][0] == "error" and why in heard["odd"][2][0][1]
 
 
 def test_rows_that_a_full_cache_ends_say_what_to_enlarge_and_the_others_are_exact(folder, model):

@@ -20,6 +20,7 @@ it has been idle for MEM1_SESSION_IDLE seconds (default: 600).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -112,10 +113,12 @@ class Session:
     async def _run(self, engine: Any) -> None:
         params = SamplingParams(output_kind=RequestOutputKind.DELTA, detokenize=False, max_tokens=1)
         try:
-            async for output in engine.generate(self._inputs(), params, f"mem1-{self.name}"):
-                self._heard(output.outputs[0])
-                if self.error:
-                    return
+            outputs = engine.generate(self._inputs(), params, f"mem1-{self.name}")
+            async with contextlib.aclosing(outputs):  # ends the request, however this ends
+                async for output in outputs:
+                    self._heard(output.outputs[0])
+                    if self.error:
+                        return
         except Exception as error:  # whatever the engine raises ends this session only
             self._fail(str(error) or type(error).__name__)
         else:

@@ -26,6 +26,9 @@ CPU_WORKER = "mem1_kernels.vllm.worker.SessionCPUWorker"
 GPU_WORKER = "mem1_kernels.vllm.worker.SessionGPUWorker"
 
 
+_NUMBERS = itertools.count()  # of sessions, over all engines: two may share an LLM
+
+
 def engine_options(device: str = "cpu") -> dict[str, Any]:
     """What `vllm.LLM` or `AsyncEngineArgs` is given so that sessions can drop tokens.
 
@@ -103,7 +106,6 @@ class VLLMEngine:
         self.vocabulary: int = config.model_config.get_vocab_size()
         self.max_rows: int = config.scheduler_config.max_num_seqs
         self.eos_ids = eos_ids(getattr(self.tokenizer, "eos_token_id", None))
-        self._names = (f"mem1-{number}" for number in itertools.count())
 
     def run(
         self,
@@ -231,7 +233,7 @@ class _Backend:
             chunks = turns.chunks()
             name = self.names.get(turns.row.index)
             if name is None:
-                name = self.names[turns.row.index] = next(self.engine._names)
+                name = self.names[turns.row.index] = f"mem1-{next(_NUMBERS)}"
             sent[name], by_name[name] = [_Sent(chunk) for chunk in chunks], turns
             try:
                 for chunk in chunks:

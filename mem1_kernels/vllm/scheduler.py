@@ -27,7 +27,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
-from mem1_kernels.vllm.slots import Slots, drop, read_spans
+from mem1_kernels.vllm.slots import Slots, drop, read_asked
 from mem1_kernels.vllm.support import check_engine, check_version, rope_rows
 
 _NEVER = 1 << 40  # more blocks than any request has: the manager caches none of them again
@@ -60,6 +60,7 @@ class SessionScheduler(Scheduler):
         asked = self.vllm_config.additional_config.get("mem1", {})
         self.stall_seconds = float(asked.get("stall_seconds", 60.0))
         self.pruned: dict[str, Slots] = {}
+        self._stops: dict[str, list[str]] = {}  # request -> texts that end its chunk
         self._step = StepMoves()
         self._doomed: dict[str, str] = {}  # request -> why it ends as soon as it can
         self._gone: dict[str, str] = {}  # ended here, and not yet closed by its client
@@ -72,6 +73,8 @@ class SessionScheduler(Scheduler):
     def add_request(self, request: Any) -> None:
         why = self._gone.get(request.request_id)
         if why is None:
+            if request.request_id not in self.requests and self._asked(request, request):
+                self._doomed[request.request_id] = "drop: a new request holds nothing to drop"
             super().add_request(request)
             self._end_doomed()
         elif request.resumable:
@@ -81,14 +84,28 @@ class SessionScheduler(Scheduler):
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         try:
-            spans = read_spans(_asked(update).get("drop", []))
-            if spans:
+            if spans := self._asked(session, update):
                 self._drop(session, spans)
         except ValueError as error:
             self._doomed[session.request_id] = str(error)
         super()._update_request_as_session(session, update)
         if why := self._too_long(session):
             self._doomed.setdefault(session.request_id, why)
+
+    def _asked(self, request: Any, update: Any) -> list[tuple[int, int]]:
+        """The spans that a chunk of `request` drops; its stops are noted. Bad ones end it."""
+        name = request.request_id
+        self._stops.pop(name, None)
+        try:
+            spans, stops = read_asked(update.sampling_params)
+            if stops and self.vllm_config.model_config.skip_tokenizer_init:
+                raise ValueError("stop: texts need a tokenizer, and skip_tokenizer_init is set")
+        except ValueError as error:
+            self._doomed[name] = str(error)
+            return []
+        if stops:
+            self._stops[name] = stops
+        return spans
 
     def _too_long(self, session: Any) -> str:
         """Why a session cannot take its chunk, or ""."""
@@ -235,7 +252,7 @@ class SessionScheduler(Scheduler):
         new_token_ids, stopped = super()._update_request_with_output(
             request, new_token_ids, *args, **kwargs
         )
-        stops = _asked(request).get("stop")
+        stops = self._stops.get(request.request_id)
         if not stopped and stops and new_token_ids and (found := self._completed(request, stops)):
             request.status = RequestStatus.FINISHED_STOPPED
             request.stop_reason = found
@@ -282,26 +299,22 @@ class SessionScheduler(Scheduler):
         self._ended.append((request.client_index, output))
 
     def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
-        names = [request_ids] if isinstance(request_ids, str) else list(request_ids or self._gone)
-        for name in names:
+        if request_ids is None:
+            self._gone.clear()
+        else:
+            request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        for name in request_ids or ():
             self._gone.pop(name, None)
-        return super().finish_requests(
-            request_ids if request_ids is None else names, finished_status
-        )
+        return super().finish_requests(request_ids, finished_status)
 
     def has_requests(self) -> bool:
         return bool(self._ended) or super().has_requests()
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self.pruned.pop(request.request_id, None)
+        self._stops.pop(request.request_id, None)
         self._step.offsets.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
-
-
-def _asked(request: Any) -> dict[str, Any]:
-    """What a request asks of the plug-in."""
-    params = request.sampling_params
-    return (params.extra_args or {}).get("mem1") or {} if params else {}
 
 
 class AsyncSessionScheduler(SessionScheduler, AsyncScheduler):

@@ -70,6 +70,25 @@ def read_spans(asked: Any) -> list[tuple[int, int]]:
     return [(start, end) for start, end in asked]
 
 
+def read_asked(params: Any) -> tuple[list[tuple[int, int]], list[str]]:
+    """What a request's sampling parameters ask of the plug-in: (spans to drop, texts that stop).
+
+    They come from outside, and an exception in the scheduler would end the engine.
+
+    Raises:
+        ValueError: anything but `extra_args={"mem1": {"drop": spans, "stop": texts}}` or less.
+    """
+    asked = (getattr(params, "extra_args", None) or {}).get("mem1")
+    if asked is None:
+        return [], []
+    if not isinstance(asked, dict) or not set(asked) <= {"drop", "stop"}:
+        raise ValueError(f"mem1: expected an object with drop and stop, got {asked!r:.80}")
+    stop = asked.get("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(x, str) and x for x in stop):
+        raise ValueError(f"stop: expected a list of texts, got {stop!r:.80}")
+    return read_spans(asked.get("drop", [])), stop
+
+
 def drop(slots: Slots, count: int, spans: Sequence[tuple[int, int]]) -> Drop | None:
     """Drops the tokens at these positions from a session that holds `count` slots.
 

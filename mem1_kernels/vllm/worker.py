@@ -38,6 +38,8 @@ class _Runner:
         if not pages or any(x.dim() != 4 for x in pages) or len(shapes) != 1:
             got = [list(x.shape) for x in pages]
             raise Unsupported(f"expected layers [pages, heads, page_size, 2 * head_dim], got {got}")
+        if len({x.data_ptr() for x in pages}) != len(pages):
+            raise Unsupported("the engine cannot drop tokens with layers that share a KV cache")
         packed = pages[0].device.type == "cpu"
         self.slot_offsets = packed_offsets(pages[0], self.cache_config) if packed else None
 
