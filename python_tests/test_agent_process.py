@@ -462,7 +462,7 @@ def test_a_model_that_is_not_there(tmp_path, corpus):
 
 
 ERRORS = {
-    "engine: expected 'pruned', 'reprefill' or an address": {"engine": "fast"},
+    "engine: expected 'pruned', 'reprefill', 'vllm' or an address": {"engine": "fast"},
     "environment: expected a .jsonl corpus": {"environment": "corpus.txt"},
     "max_new_tokens: expected at least 1, got 0": {"max_new_tokens": 0},
     "max_info_tokens: expected at least 1, got 0": {"max_info_tokens": 0},
