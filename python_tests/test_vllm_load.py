@@ -183,8 +183,7 @@ def test_many_sessions(folder, blocks):
             memory.append(resident(url))
             number += 1
             print(f"round {number}: {memory[-1] / 2**20:.0f} MiB", flush=True)
-        # Flat: the first rounds fill allocators and caches, so the second half of them counts.
-        assert memory[-1] <= 1.05 * memory[(len(memory) - 1) // 2]
+        assert memory[-1] <= 1.05 * memory[0]
 
 
 def check(clients: list[Client], model, room: bool) -> None:
