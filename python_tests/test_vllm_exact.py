@@ -181,7 +181,7 @@ def test_other_pages_and_prompts_in_parts(folder, model, block_size):
         assert float(differences(model, rollouts).max()) <= FP32
 
 
-def test_bfloat16_is_no_worse_than_the_engines_own_prefill(folder, model):
+def test_bfloat16_is_within_twice_the_engines_own_prefill(folder, model):
     kept = open_engine(folder, dtype="bfloat16")
     again = VLLMEngine(kept.llm, positions="reprefill")
     generation = replace(GENERATION, max_turns=12)
